@@ -1,0 +1,50 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PEERS := $(VENV)/installed-peers
+
+.PHONY: demo test lint bench bench-peers wheel readme clean
+
+demo: $(INSTALLED)
+	$(BIN)/crqat-fx demo --out demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict crqat_fx passes
+
+# every benchmark, one tiny round each with QUICK=--quick
+bench: $(INSTALLED)
+	set -e; for each in benchmarks/bench_*.py; do echo "== $$each"; $(BIN)/python $$each $(QUICK); done
+
+# the same questions asked of other tools
+bench-peers: $(PEERS)
+	set -e; for each in benchmarks/peers_*.py; do echo "== $$each"; $(BIN)/python $$each $(QUICK); done
+
+# builds the wheel and imports it from another directory
+wheel: $(INSTALLED)
+	$(BIN)/python .ci/wheel.py
+
+# runs the README's code blocks
+readme: $(INSTALLED)
+	$(BIN)/python .ci/readme.py README.md
+
+# torch first, by exact version and on its own: a range would pull in builds for accelerators that are not there
+$(INSTALLED): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

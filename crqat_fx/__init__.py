@@ -1,0 +1,95 @@
+"""crqat-fx: torch.fx passes that take an open-vocabulary detector from full precision to a 4-bit model that still knows its classes.
+
+The Python API; the command line is thin over it. Names are imported when first used, so that `import crqat_fx` is fast and a detector that
+needs no torch imports none.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crqat_fx.checkpoint import load_model as load
+    from crqat_fx.checkpoint import read_checkpoint, write_checkpoint
+    from crqat_fx.cost import cost
+    from crqat_fx.data.shapes import ShapesBatches, ShapesSet, ShapesTask
+    from crqat_fx.detect import TorchDetector, detect_pictures
+    from crqat_fx.distortion import distortion
+    from crqat_fx.errors import UserError
+    from crqat_fx.evaluate import evaluate
+    from crqat_fx.models.text import embed
+    from crqat_fx.models.yolo_world import build, decode_boxes
+    from crqat_fx.pictures import read_picture
+    from crqat_fx.recipe import QuantRecipe
+    from crqat_fx.trace import trace
+    from crqat_fx.train import train
+    from crqat_fx.vocabulary import Vocabulary
+
+__version__ = "0.1.0"
+
+_API = {
+    "QuantRecipe": "recipe.QuantRecipe",
+    "ShapesBatches": "data.shapes.ShapesBatches",
+    "ShapesSet": "data.shapes.ShapesSet",
+    "ShapesTask": "data.shapes.ShapesTask",
+    "TorchDetector": "detect.TorchDetector",
+    "UserError": "errors.UserError",
+    "Vocabulary": "vocabulary.Vocabulary",
+    "build": "models.yolo_world.build",
+    "cost": "cost.cost",
+    "decode_boxes": "models.yolo_world.decode_boxes",
+    "detect_pictures": "detect.detect_pictures",
+    "distortion": "distortion.distortion",
+    "embed": "models.text.embed",
+    "evaluate": "evaluate.evaluate",
+    "load": "checkpoint.load_model",
+    "read_checkpoint": "checkpoint.read_checkpoint",
+    "read_picture": "pictures.read_picture",
+    "trace": "trace.trace",
+    "train": "train.train",
+    "write_checkpoint": "checkpoint.write_checkpoint",
+}
+__all__ = [
+    "QuantRecipe",
+    "ShapesBatches",
+    "ShapesSet",
+    "ShapesTask",
+    "TorchDetector",
+    "UserError",
+    "Vocabulary",
+    "__version__",
+    "build",
+    "cost",
+    "decode_boxes",
+    "detect_pictures",
+    "distortion",
+    "embed",
+    "evaluate",
+    "load",
+    "read_checkpoint",
+    "read_picture",
+    "trace",
+    "train",
+    "write_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = f"{__name__}.{_API[name]}".rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """Keeps `crqat_fx.trace` the function when something imports the module of that name, which would otherwise take its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _API or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""Detectors, each in one file."""

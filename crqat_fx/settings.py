@@ -1,0 +1,107 @@
+"""Where a command's settings come from: flag, then `--config` file, then what the input file carries, then the default.
+
+A command's settings are a frozen dataclass whose fields hold the defaults. `resolve` fills it and remembers where each value came from;
+`write` puts the outcome beside the result, so that a run can be read and repeated.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from crqat_fx.errors import UserError
+from crqat_fx.files import written
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[S]):
+    """Settings, and for each field where its value came from: `flag`, `config`, `file` or `default`."""
+
+    values: S
+    origins: Mapping[str, str]
+
+    def write(self, path: Path) -> None:
+        """Writes the settings as YAML that `--config` reads again, with each value's origin as a comment."""
+        assert dataclasses.is_dataclass(self.values)
+        assert not isinstance(self.values, type)
+        lines = []
+        for name, value in dataclasses.asdict(self.values).items():
+            text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+            lines.append(f"{name}: {text}  # {self.origins[name]}")
+        with written(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def resolve(
+    settings: type[S], flags: Mapping[str, Any], config: Path | None = None, carried: Mapping[str, Any] | None = None
+) -> Resolved[S]:
+    """Fills `settings`, a dataclass type. A flag or a carried value of None counts as not given; an unknown key is refused by name."""
+    assert dataclasses.is_dataclass(settings)
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    hints = typing.get_type_hints(settings)
+    from_config = read_config(config) if config is not None else {}
+    unknown = sorted(set(from_config) - set(fields))
+    if unknown:
+        raise UserError(f"unknown setting {unknown[0]!r}", where=config, remedy=f"known here are {', '.join(fields)}")
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name in fields:
+        for origin, source in (("flag", flags), ("config", from_config), ("file", carried or {})):
+            if source.get(name) is not None:
+                where = config if origin == "config" else f"--{name.replace('_', '-')}"
+                values[name], origins[name] = _converted(name, source[name], hints[name], where), origin
+                break
+        else:
+            origins[name] = "default"
+    return Resolved(typing.cast(Any, settings)(**values), origins)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"is no readable YAML ({reason})", where=path, remedy="give a file of `name: value` lines") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError("is not a mapping of settings", where=path, remedy="give a file of `name: value` lines")
+    return {key.replace("-", "_"): value for key, value in loaded.items()}
+
+
+def _converted(name: str, value: Any, hint: Any, where: object) -> Any:
+    """The value as the field's type, or a UserError: YAML and flags both come through here, so a wrong type is caught in one place."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for choice in choices:
+        origin = typing.get_origin(choice) or choice
+        if origin is typing.Literal and value in typing.get_args(choice):
+            return value
+        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(value)
+        if origin is Path and isinstance(value, str | Path):
+            return Path(value)
+        if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+            return value
+    literals = [str(item) for choice in choices if typing.get_origin(choice) is typing.Literal for item in typing.get_args(choice)]
+    kinds = [getattr(choice, "__name__", str(choice)) for choice in choices if choice is not type(None)]
+    wanted = f"one of {', '.join(literals)}" if literals else " or ".join(kinds)
+    raise UserError(f"{name} is {value!r}", where=where, remedy=f"give {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML can write it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Passes over torch.fx graphs, one deed a file."""
