@@ -1,0 +1,33 @@
+"""What `--data` names when something is to be evaluated: the drawn task, or the set that a data.yaml evaluates on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from crqat_fx.data.config import open_validation, open_vocabularies, read_data
+from crqat_fx.data.samples import EvaluationSet
+from crqat_fx.data.shapes import ShapesSet, ShapesTask
+from crqat_fx.vocabulary import Vocabulary
+
+SHAPES = "shapes"
+
+
+def size_of_data(data: str) -> dict[str, int]:
+    """The picture size that the data asks for: the drawn task has one, a file's pictures come in any."""
+    return {"size": ShapesTask.size} if data == SHAPES else {}
+
+
+def open_evaluation(data: str, size: int, pictures: int) -> tuple[EvaluationSet, Vocabulary | None]:
+    """The set, and the vocabulary that comes with it, if any. `size` and `pictures` are of the drawn task; a file has its own."""
+    if data == SHAPES:
+        task = ShapesTask(size=size)
+        return ShapesSet(task, "val", pictures), task.vocabulary
+    config = read_data(Path(data))
+    dataset = open_validation(config)
+    return dataset, joined(open_vocabularies(config)) if config.vocabularies else None
+
+
+def joined(vocabularies: list[Vocabulary]) -> Vocabulary:
+    """All names of some vocabularies of one width; of a name that several hold, the first embedding."""
+    rows = {name: row for vocabulary in reversed(vocabularies) for name, row in zip(vocabulary.names, vocabulary.embeddings, strict=True)}
+    return Vocabulary(tuple(rows), np.stack(list(rows.values())))

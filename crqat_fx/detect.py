@@ -1,0 +1,337 @@
+"""Pictures in, drawn pictures and a COCO-style file out, for any detector.
+
+    sources ─ read_source ─▶ batch of pictures ─ detector.detect ─▶ draw ─▶ out/<name>
+                                                                └─▶ out/detections.json
+
+`TorchDetector` runs a PyTorch model with YOLO-World's contract. Torch is imported where it is used, so that a detector that needs none can
+go the same way without it.
+"""
+
+import csv
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import cv2
+import numpy as np
+
+from crqat_fx.detections import Detections, Detector, Picked, Selection, postprocess
+from crqat_fx.draw import ascii_name, draw
+from crqat_fx.errors import UserError
+from crqat_fx.files import written
+from crqat_fx.pictures import Picture, Source, count_pictures, letterbox, read_source
+from crqat_fx.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from crqat_fx.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]  # done, total, what it is at
+
+RESULT = "detections.json"
+STEP = 32  # of the picture size: the model's coarsest stride
+LARGEST = 8192
+_WRITTEN_AS_THEY_ARE = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
+_LONGEST_SIDE = 16383  # that every one of these formats holds
+
+
+@dataclass(frozen=True)
+class DetectSettings:
+    """Settings of the command `detect`. `conf` is what a reader of the pictures wants; scoring with AP takes 0.001."""
+
+    vocabulary: Path | None = None  # in place of the one that the model's file carries
+    text: str | None = None  # names out of the vocabulary, separated by commas
+    conf: float = 0.25
+    iou: float = 0.7
+    max: int = 300
+    size: int = 640
+    batch: int = 1
+    device: str = "cpu"
+    threads: int | None = None  # of the processor; None leaves PyTorch's own choice
+
+    def __post_init__(self) -> None:
+        _ = self.selection  # checks its values
+        check_size(self.size)
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}", remedy="give a whole number of at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads is {self.threads}", remedy="give a whole number of at least 1")
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(conf=self.conf, iou=self.iou, max=self.max)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that could not be read, or a video that ended badly."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DetectReport:
+    """What `detect_pictures` did."""
+
+    out: Path
+    pictures: int  # frames of videos included
+    counts: Mapping[str, int]  # detections of each name, most frequent first
+    skipped: tuple[Skipped, ...]
+
+
+class TorchDetector:
+    """Detects with a model of YOLO-World's contract, (images, text) -> (logits, bins, regions), which it moves to `device` and sets to
+    evaluation. Pictures of any size are letterboxed to `size`; those of one call run as one batch."""
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        vocabulary: Vocabulary,
+        size: int = 640,
+        conf: float = 0.001,
+        iou: float = 0.7,
+        max_detections: int = 300,
+        nms_candidates: int = 30_000,
+        device: "str | torch.device" = "cpu",
+    ) -> None:
+        import torch
+
+        check_size(size)
+        self.vocabulary = vocabulary
+        self.size = size
+        self.selection = Selection(conf, iou, max_detections, nms_candidates)
+        self.device = usable_device(device)
+        self.model = model.to(self.device).eval()
+        self._text = torch.from_numpy(vocabulary.embeddings).to(self.device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.vocabulary.names
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        import torch
+
+        if not pictures:
+            return []
+        for picture in pictures:
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+                raise UserError(f"a picture is {picture.dtype} of shape {list(picture.shape)}", remedy="give uint8 RGB [height, width, 3]")
+        boxed, placements = zip(*(letterbox(picture, self.size) for picture in pictures), strict=True)
+        try:
+            with torch.inference_mode():
+                stacked = torch.from_numpy(np.stack(boxed)).to(self.device)
+                images = stacked.permute(0, 3, 1, 2).contiguous().float().div_(255)
+                logits, bins, _regions = self.model(images, self._text.expand(len(pictures), -1, -1))
+                distances = [level.float().cpu().numpy() for level in bins]
+                picked = [[pick_tensor(level[row], self.selection.floor) for level in logits] for row in range(len(pictures))]
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"does not fit the memory of {self.device} with {len(pictures)} pictures of {self.size} px",
+                where="detect",
+                remedy="take a smaller --batch or --size",
+            ) from error
+        return [
+            postprocess(picked[row], [level[row] for level in distances], placement, self.selection)
+            for row, placement in enumerate(placements)
+        ]
+
+
+def pick_tensor(logits: "Tensor", floor: float) -> Picked:
+    """`detections.pick` where the logits are: only what passes is copied, converted and moved."""
+    flat = logits.flatten()
+    places = (flat <= floor).logical_not_().nonzero().squeeze(1)
+    return Picked(flat[places].float().cpu().numpy(), places.cpu().numpy())
+
+
+def check_size(size: int) -> None:
+    if not STEP <= size <= LARGEST or size % STEP:
+        raise UserError(f"size is {size}", remedy=f"give a multiple of {STEP} up to {LARGEST}, such as 640")
+
+
+def usable_device(device: "str | torch.device") -> "torch.device":
+    """The device, once something has been put on it."""
+    import torch
+
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        available = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+        raise UserError(
+            f"device {str(device)!r} is of no use ({reason})", remedy=f"choose among {', '.join(['cpu', *available])}"
+        ) from error
+    return chosen
+
+
+def carried_settings(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """What the model's file says of the settings: the picture size that it was trained for."""
+    size = checkpoint.extra.get("size")
+    if size is None:
+        return {}
+    if not isinstance(size, int) or not STEP <= size <= LARGEST or size % STEP:
+        logger.warning("%s: the picture size in it, %r, is no multiple of %d up to %d: not used", checkpoint.path, size, STEP, LARGEST)
+        return {}
+    return {"size": size}
+
+
+def open_detector(model: "nn.Module", checkpoint: "Checkpoint", settings: DetectSettings) -> TorchDetector:
+    """The detector of a loaded model, with the vocabulary that the settings or its file give."""
+    import torch
+
+    vocabulary = open_vocabulary(checkpoint.vocabulary, settings, checkpoint.path)
+    if vocabulary.width != checkpoint.config.text_width:
+        raise UserError(
+            f"embeddings are {vocabulary.width} wide and the model reads {checkpoint.config.text_width}",
+            where=settings.vocabulary or checkpoint.path,
+            remedy="compute them with the text encoder that the model was trained with: `crqat-fx embed`",
+        )
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return TorchDetector(
+        model, vocabulary, settings.size, settings.conf, settings.iou, settings.max, device=settings.device
+    )  # fmt: skip
+
+
+def open_vocabulary(carried: Vocabulary | None, settings: DetectSettings, model: Path) -> Vocabulary:
+    """The vocabulary of `settings.vocabulary`, else the one that the model's file carries; of it the names in `settings.text`, if any."""
+    vocabulary = Vocabulary.load(settings.vocabulary) if settings.vocabulary is not None else carried
+    if vocabulary is None:
+        raise UserError(
+            "carries no vocabulary", where=model, remedy="give one with --vocabulary; `crqat-fx embed names.txt --out v.npz` makes it"
+        )
+    if settings.text is None:
+        return vocabulary
+    try:
+        return vocabulary.select(split_names(settings.text))
+    except UserError as error:
+        remedy = f"{error.remedy}; `crqat-fx embed names.txt --out v.npz` makes a vocabulary of any names, for --vocabulary"
+        raise UserError(error.what, where=settings.vocabulary or model, remedy=remedy) from error
+
+
+def split_names(text: str) -> list[str]:
+    """`a, b c` -> [a, b c]; a name that holds a comma stands in double quotes. Repetitions are dropped."""
+    rows = list(csv.reader([text.replace("\n", " ")], skipinitialspace=True))
+    names = list(dict.fromkeys(name.strip() for row in rows for name in row if name.strip()))
+    if not names:
+        raise UserError("names nothing", where="--text", remedy='give names separated by commas, such as "person, red car"')
+    return names
+
+
+def detect_pictures(
+    detector: Detector, sources: Sequence[Source], out: Path, *, batch: int = 1, progress: Progress | None = None
+) -> DetectReport:
+    """Detects in every picture and frame; writes each, drawn, into `out`, and all detections into `out/detections.json`.
+
+    What cannot be read is logged as a warning, skipped and reported. The drawing of `a/b.jpg` is `a/b.jpg` (PNG for formats that hold more
+    than a picture), that of frame 12 of `c.mp4` is `c/000012.jpg`; a name that is taken gets a number."""
+    drawn = [name for name in detector.names if ascii_name(name) != name]
+    if drawn:
+        logger.warning(
+            "names are drawn in ASCII: %s as %s, %d in all; %s holds them whole", drawn[0], ascii_name(drawn[0]), len(drawn), RESULT
+        )
+    targets = drawing_targets(sources, out)
+    skipped: list[Skipped] = []
+    counts: Counter[str] = Counter()
+    done = 0
+    total = count_pictures(sources)
+    try:
+        with written(out / RESULT) as temporary, temporary.open("w", encoding="utf-8") as file:
+            records = _Records(file, detector.names)
+            pictures = _readable(sources, skipped)
+            while group := list(islice(pictures, batch)):
+                for picture, found in zip(group, detector.detect([picture.pixels for picture in group]), strict=True):
+                    records.add(done, picture, found)
+                    _write_drawing(targets[picture.source], picture, draw(picture.pixels, found, detector.names))
+                    counts.update(detector.names[label] for label in found.labels)
+                    done += 1
+                    if progress is not None:
+                        progress(done + len(skipped), max(total, done + len(skipped)), f"{_title(picture)}: {len(found)} found")
+            records.close()
+    except OSError as error:
+        raise UserError(f"cannot be written to ({error.strerror})", where=out, remedy="see to the room on the disk") from error
+    return DetectReport(out, done, dict(counts.most_common()), tuple(skipped))
+
+
+def drawing_targets(sources: Sequence[Source], out: Path) -> dict[Source, Path]:
+    """Where each source's drawing goes: a file for a picture, a folder for a video. No two alike, and none on top of a source."""
+    targets: dict[Source, Path] = {}
+    taken: Counter[str] = Counter()
+    for source in sources:
+        plain = out / source.name
+        suffix = "" if source.is_video else plain.suffix.lower() if plain.suffix.lower() in _WRITTEN_AS_THEY_ARE else ".png"
+        target = wanted = plain.with_suffix(suffix)
+        while taken[_key(target)]:
+            target = wanted.with_name(f"{plain.stem}-{taken[_key(wanted)] + 1}{suffix}")
+            taken[_key(wanted)] += 1
+        taken[_key(target)] += 1
+        targets[source] = target
+    originals = {source.path.resolve() for source in sources}
+    for source, target in targets.items():
+        resolved = target.resolve()
+        if resolved in originals or any(resolved in original.parents for original in originals if source.is_video):
+            raise UserError("would be overwritten by a drawing", where=source.path, remedy="choose another folder with --out")
+    return targets
+
+
+def _key(path: Path) -> str:
+    return path.as_posix().casefold()  # many file systems take `A.jpg` for `a.jpg`
+
+
+class _Records:
+    """The list in `detections.json`, written as it grows: a long video's does not have to fit the memory."""
+
+    def __init__(self, file: TextIO, names: Sequence[str]) -> None:
+        self._file = file
+        self._names = names
+        self._separator = "[\n"
+
+    def add(self, image_id: int, picture: Picture, found: Detections) -> None:
+        for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
+            left, top, right, bottom = box
+            record: dict[str, Any] = {"image_id": image_id, "file_name": picture.source.name}
+            if picture.frame is not None:
+                record["frame"] = picture.frame
+            record |= {"category_id": label, "category_name": self._names[label]}
+            record["bbox"] = [round(value, 3) for value in (left, top, right - left, bottom - top)]
+            record["score"] = round(score, 6)
+            self._file.write(self._separator + json.dumps(record, ensure_ascii=False))
+            self._separator = ",\n"
+
+    def close(self) -> None:
+        self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
+
+
+def _readable(sources: Sequence[Source], skipped: list[Skipped]) -> Iterator[Picture]:
+    """Every picture that can be read; the others are added to `skipped`."""
+    for source in sources:
+        try:
+            yield from read_source(source)
+        except UserError as error:
+            logger.warning("skipped: %s", error)
+            skipped.append(Skipped(source.name, str(error)))
+
+
+def _write_drawing(target: Path, picture: Picture, drawing: np.ndarray) -> None:
+    if picture.frame is not None:
+        target = target / f"{picture.frame:06d}.jpg"
+    if max(drawing.shape) > _LONGEST_SIDE:
+        target = target.with_suffix(".png")
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if target.suffix in (".jpg", ".jpeg") else []
+    _there, encoded = cv2.imencode(target.suffix, cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR), options)
+    with written(target) as temporary:
+        temporary.write_bytes(encoded.tobytes())
+
+
+def _title(picture: Picture) -> str:
+    return picture.source.name if picture.frame is None else f"{picture.source.name} frame {picture.frame}"
