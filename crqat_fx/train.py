@@ -1,0 +1,455 @@
+"""The training loop: a model, a source of batches and settings in; a run folder out, from which a stopped run goes on bit for bit.
+
+    run/settings.yaml   what the run was started with
+    run/log.jsonl       losses, rate, gradient norm and speed, every `log_every` steps; the same under run/tensorboard/
+    run/last.pt         everything needed to go on: model, average, optimizer, gradient scale, random state, step
+    run/model.pt        the averaged weights as a checkpoint of this project
+
+A step is: the losses of one batch (or of `accumulate` of them), backward, clip, AdamW, moving average. Batches are a function of the step
+alone, so that the step's number is the position in the data.
+"""
+
+import dataclasses
+import itertools
+import logging
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from crqat_fx.checkpoint import write_checkpoint
+from crqat_fx.data.samples import Batch
+from crqat_fx.detect import usable_device
+from crqat_fx.ema import MovingAverage
+from crqat_fx.errors import UserError
+from crqat_fx.files import written
+from crqat_fx.losses import Losses, detection_loss
+from crqat_fx.models.yolo_world import YoloWorld
+from crqat_fx.runlog import LOG, RunLog
+from crqat_fx.settings import Resolved
+from crqat_fx.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, LAST, MODEL = "settings.yaml", "last.pt", "model.pt"
+STATE_FORMAT = "crqat-fx training state 1"
+NOMINAL_BATCH = 64  # of which the published weight decay is meant
+UNDECAYED = ("bias", "logit_scale")
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+Progress = Callable[[int, int, str], None]
+
+
+class BatchSource(Protocol):
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Endless; the batch of a step is a function of the source's seed and the step alone."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The defaults are the published recipe, with its 100 epochs and 3 of warm-up as steps."""
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("device", "threads", "log_every", "save_every")  # on resuming
+
+    steps: int = 100_000
+    batch: int = 16  # pictures a batch
+    accumulate: int = 1  # batches a step
+    rate: float = 2e-3
+    weight_decay: float = 0.025  # for 64 pictures a step; scaled to this run's
+    schedule: Literal["linear", "constant"] = "linear"
+    warmup: int = 3_000  # steps until the full rate
+    final_rate: float = 0.01  # share of the rate at the last step of the linear schedule
+    clip: float = 10.0  # largest norm of all gradients together
+    ema_momentum: float = 1e-4
+    ema_horizon: float = 2_000.0  # updates in which the average's ramp falls by e
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "cpu"
+    threads: int | None = None  # of the processor; None leaves PyTorch's own choice
+    log_every: int = 20
+    save_every: int = 500
+    half: bool = False  # model.pt in 16 bits
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "log_every", "save_every", "clip", "rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number above 0")
+        for name in ("steps", "warmup", "weight_decay", "final_rate", "ema_horizon"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads is {self.threads}", remedy="give a number above 0")
+        if not 0 < self.ema_momentum <= 1:
+            raise UserError(f"ema_momentum is {self.ema_momentum}", remedy="give a number above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    folder: Path
+    model: Path  # the averaged weights, as a checkpoint
+    steps: int  # done in all
+    interrupted: bool
+    seconds: float  # of this call
+    losses: Mapping[str, float]  # as last logged; empty where nothing was
+
+
+class NonFiniteError(UserError):
+    """Training met a number that is infinite or no number."""
+
+
+# --- the parts of a step ---
+
+
+def losses_of(model: nn.Module, batch: Batch) -> Losses:
+    """What one batch, on the model's device, costs."""
+    images = batch.images.to(torch.float32, memory_format=torch.channels_last) / 255
+    logits, bins, _ = model(images, batch.text)
+    return detection_loss(logits, bins, batch.truth)[0]
+
+
+def rate_at(settings: TrainSettings, step: int) -> float:
+    """The learning rate of step `step`, counted from 0."""
+    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    if settings.schedule == "constant":
+        return settings.rate * warm
+    done = step / max(settings.steps - 1, 1)
+    return settings.rate * warm * (1 - (1 - settings.final_rate) * done)
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """The published groups: weights decay; biases, norms and the logit scale do not."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            (free if isinstance(module, NORMS) or name in UNDECAYED else decayed).append(parameter)
+    decay = settings.weight_decay * settings.batch * settings.accumulate / NOMINAL_BATCH
+    return [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
+
+
+class TrainingState:
+    """Everything a run needs to go on as if it had never stopped. The model's own tensors are part of it, not a copy.
+
+    Of the random generators torch's are kept: the package draws from no other that is global.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainSettings, device: torch.device) -> None:
+        self.model = model
+        self.settings = settings
+        self.device = device
+        self.step = 0  # done
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.rate, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.average = MovingAverage(model, settings.ema_momentum, settings.ema_horizon)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def save(self, path: Path) -> None:
+        saved = {
+            "format": STATE_FORMAT,
+            "settings": dataclasses.asdict(self.settings),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state(),
+            "average_updates": self.average.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        with written(path) as temporary:
+            torch.save(saved, temporary)
+
+    def load(self, path: Path) -> None:
+        saved = _read_state(path)
+        try:
+            _refuse_other_settings(saved["settings"], self.settings, path)
+            self.model.load_state_dict(saved["model"])
+            self.average.load(saved["average"], saved["average_updates"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.step = int(saved["step"])
+            torch.set_rng_state(saved["random"])
+            if self.device.type == "cuda" and saved["cuda_random"]:
+                torch.cuda.set_rng_state_all(saved["cuda_random"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError("belongs to another model", where=path, remedy="resume with the model it was started with") from error
+
+
+def take_step(state: TrainingState, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """One step of the optimizer and of the average; the losses and the gradients' norm before clipping, still on the device."""
+    settings = state.settings
+    rate = rate_at(settings, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad()
+    terms = accumulate_gradients(state, batches)
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in state.parameters() if parameter.grad is not None])
+    _stop_at_nonfinite(state, batches, terms, norm)
+    nn.utils.clip_grads_with_norm_(state.parameters(), settings.clip, norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.average.update()
+    state.step += 1
+    return {**terms, "gradient_norm": norm}
+
+
+def accumulate_gradients(state: TrainingState, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The gradients and loss terms of all batches together, as if they were one.
+
+    Each batch's losses are over its own score sum. Weighted by it, added up, and divided by the sum of the score sums at the end, they are
+    what the batches in one piece would have given (but for live batch statistics).
+    """
+    if len(batches) == 1:
+        losses = _forward(state, batches[0])
+        state.scaler.scale(losses.total).backward()
+        return {name: term.detach() for name, term in losses.terms.items()}
+    terms: dict[str, Tensor] = {}
+    score_sum = torch.zeros((), device=state.device)
+    for batch in batches:
+        losses = _forward(state, batch)
+        weight = losses.score_sum.clamp(min=1) / len(batch.images)
+        state.scaler.scale(losses.total * weight).backward()
+        for name, term in losses.terms.items():
+            terms[name] = terms.get(name, 0) + term.detach() * weight
+        score_sum += losses.score_sum
+    share = sum(len(batch.images) for batch in batches) / score_sum.clamp(min=1)
+    for parameter in state.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= share
+    return {name: term * share for name, term in terms.items()}
+
+
+def _forward(state: TrainingState, batch: Batch) -> Losses:
+    with _autocast(state):
+        return losses_of(state.model, batch)
+
+
+def _autocast(state: TrainingState) -> AbstractContextManager[None]:
+    dtype = torch.float16 if state.settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(state.device.type, dtype, enabled=state.settings.precision != "fp32")
+
+
+# --- the loop ---
+
+
+def train(
+    model: YoloWorld,
+    source: BatchSource,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    vocabulary: Vocabulary | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    origins: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains `model` in place from wherever `out` stands to `settings.steps`.
+
+    `vocabulary` and `metadata` travel into `model.pt`; `origins` are where the settings came from, for `settings.yaml`. An interrupt
+    (Ctrl-C) ends the step under way, saves and returns; a second one stops at once.
+    """
+    _refuse_wrong_folder(out, resume)
+    device = usable_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    state = TrainingState(model.to(device=device, memory_format=torch.channels_last), settings, device)  # type: ignore[call-overload]
+    state.model.train()
+    if resume:
+        state.load(out / LAST)
+    else:
+        given = {field.name: "given" for field in dataclasses.fields(settings)}
+        Resolved(settings, origins or given).write(out / SETTINGS)
+        state.save(out / LAST)
+
+    def save() -> None:
+        state.save(out / LAST)
+        carried = {**(metadata or {}), "steps": state.step}
+        write_checkpoint(out / MODEL, state.average.state(), model.config, vocabulary=vocabulary, half=settings.half, metadata=carried)
+
+    started = logged_at = time.perf_counter()
+    logged: dict[str, float] = {}
+    window: list[dict[str, Tensor]] = []
+    text = ""
+    with RunLog(out, state.step) as log, _Interruption() as interruption:
+        stream = source.batches(state.step * settings.accumulate)
+        while state.step < settings.steps and not interruption.asked:
+            batches = _next_batches(stream, state, interruption)
+            if batches is None:
+                break
+            window.append(take_step(state, batches))
+            if state.step % settings.log_every == 0 or state.step == settings.steps:
+                logged = _mean(window)
+                now = time.perf_counter()
+                speed = len(window) / (now - logged_at)
+                logged_at = now
+                window.clear()
+                log.write(state.step, {**logged, "rate": rate_at(settings, state.step - 1), "steps_per_second": speed})
+                text = _progress_text(logged, speed, settings.steps - state.step)
+            if progress is not None:
+                progress(state.step, settings.steps, text)
+            if state.step % settings.save_every == 0 and state.step < settings.steps:
+                save()
+        save()
+    stopped = state.step < settings.steps
+    if stopped:
+        logger.warning("%s: stopped at step %d of %d; resume to go on", out, state.step, settings.steps)
+    return TrainResult(out, out / MODEL, state.step, stopped, time.perf_counter() - started, logged)
+
+
+def _next_batches(stream: Iterator[Batch], state: TrainingState, interruption: "_Interruption") -> list[Batch] | None:
+    """All batches of one step, or None where the wait for them was interrupted."""
+    settings = state.settings
+    interruption.waiting = True
+    try:
+        batches = list(itertools.islice(stream, settings.accumulate))
+    except KeyboardInterrupt:
+        return None
+    finally:
+        interruption.waiting = False
+    if len(batches) < settings.accumulate:
+        raise UserError(f"the data ended at step {state.step}", remedy="give a source of batches that does not end")
+    for batch in batches:
+        if len(batch.images) != settings.batch:
+            raise UserError(
+                f"the data gives {len(batch.images)} pictures a batch, the settings say {settings.batch}", remedy="make both the same"
+            )
+    return [batch.to(state.device) for batch in batches]
+
+
+def _mean(window: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    names = list(window[0])
+    means = torch.stack([torch.stack([step[name].float() for name in names]) for step in window]).mean(0).tolist()
+    values = dict(zip(names, means, strict=True))
+    return {"loss": sum(value for name, value in values.items() if name != "gradient_norm"), **values}
+
+
+def _progress_text(values: Mapping[str, float], speed: float, left: int) -> str:
+    seconds = round(left / speed)
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    terms = ", ".join(f"{name} {value:.2f}" for name, value in values.items() if name not in ("loss", "gradient_norm"))
+    return f"loss {values['loss']:.2f} ({terms}), {speed:.2f} steps/s, {clock} left"
+
+
+class _Interruption:
+    """Turns the first Ctrl-C into a wish that the loop grants between two steps; while data is waited for it breaks off the wait."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.waiting = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "_Interruption":
+        if threading.current_thread() is threading.main_thread():  # the only one that may handle signals
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
+        self.asked = True
+        if self.waiting:
+            raise KeyboardInterrupt
+
+
+# --- what can be wrong ---
+
+
+def _stop_at_nonfinite(state: TrainingState, batches: Sequence[Batch], terms: Mapping[str, Tensor], norm: Tensor) -> None:
+    """Raises before the optimizer takes a step on numbers that are not finite."""
+    if torch.isfinite(torch.stack([norm, *terms.values()])).all():
+        return
+    wrong = [name for name, term in terms.items() if not torch.isfinite(term)]
+    if not wrong and state.scaler.is_enabled() and state.scaler.get_scale() > 1:
+        return  # half precision overflowed: the scaler leaves this step out and lowers its scale
+    what = f"the loss is not finite ({', '.join(wrong)})" if wrong else "the gradients are not finite"
+    raise NonFiniteError(
+        f"{what}; the first such tensor is {_first_nonfinite(state, batches)}",
+        where=f"step {state.step + 1}",
+        remedy=f"start again with a lower rate or in fp32; {LAST} holds the last good state",
+    )
+
+
+@torch.no_grad()
+def _first_nonfinite(state: TrainingState, batches: Sequence[Batch]) -> str:
+    """The name of the first tensor that is not finite, in the order in which a step computes them."""
+    for name, parameter in state.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"the parameter {name}"
+    for batch in batches:
+        found = _nonfinite_activation(state, batch)
+        if found is not None:
+            return found
+    for name, parameter in reversed(list(state.model.named_parameters())):
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return "the loss itself"
+
+
+def _nonfinite_activation(state: TrainingState, batch: Batch) -> str | None:
+    for name, tensor in (("text", batch.text), ("boxes", batch.truth.boxes)):
+        if not torch.isfinite(tensor).all():
+            return f"the batch's {name}"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(f"the output of {name}")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in state.model.named_modules()]
+    try:
+        _forward(state, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _refuse_wrong_folder(out: Path, resume: bool) -> None:
+    if resume and not (out / LAST).is_file():
+        raise UserError(f"holds no {LAST} to resume from", where=out, remedy="name a run's folder, or leave out --resume")
+    held = next((name for name in (SETTINGS, LOG, LAST, MODEL) if (out / name).exists()), None)
+    if not resume and held is not None:
+        raise UserError(f"holds a run already ({held})", where=out, remedy="give --resume to go on with it, or name another folder")
+
+
+def _refuse_other_settings(saved: Mapping[str, Any], settings: TrainSettings, path: Path) -> None:
+    for name, value in dataclasses.asdict(settings).items():
+        if name not in settings.MAY_CHANGE and saved.get(name) != value:
+            raise UserError(
+                f"was trained with {name} {saved.get(name)}, not {value}", where=path, remedy="resume with the run's own settings"
+            )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    remedy = f"give a folder whose {LAST} training wrote"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError("cannot be read as a training state", where=path, remedy=remedy) from error
+    if not isinstance(saved, dict) or saved.get("format") != STATE_FORMAT:
+        raise UserError("is no training state of this version", where=path, remedy=remedy)
+    return saved
