@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from crqat_fx.detections import Detections, Detector, Picked, Selection, postprocess
-from crqat_fx.draw import ascii_name, draw
+from crqat_fx.draw import ascii_name, draw, enlarged
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
 from crqat_fx.pictures import Picture, Source, count_pictures, letterbox, read_source
@@ -252,7 +252,7 @@ def detect_pictures(
             while group := list(islice(pictures, batch)):
                 for picture, found in zip(group, detector.detect([picture.pixels for picture in group]), strict=True):
                     records.add(done, picture, found)
-                    _write_drawing(targets[picture.source], picture, draw(picture.pixels, found, detector.names))
+                    _write_drawing(targets[picture.source], picture, draw(*enlarged(picture.pixels, found), detector.names))
                     counts.update(detector.names[label] for label in found.labels)
                     done += 1
                     if progress is not None:

@@ -1,13 +1,13 @@
 """Detections drawn on their picture: a box, and a label with name and score on the class's own colour.
 
-Lines and letters grow with the picture. Labels stay inside it and avoid each other where there is room, the best score choosing first.
+Small pictures are enlarged first, so that labels have room; lines and letters grow with the picture. Labels stay inside it and avoid each other where there is room, the best score choosing first.
 OpenCV's fonts know ASCII alone: accents are taken off other letters (`café` is drawn as `cafe`), and a character without such a form is
 drawn as its code (`\\u732b`); `ascii_name` says how a name will read.
 """
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from crqat_fx.detections import Detections
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+LEGIBLE = 640  # pixels of the longest side that labels need, at most
 _BASE_HEIGHT = 22  # of FONT's capitals at scale 1, in pixels
 _PLAIN = str.maketrans(
     dict(zip("ßæÆœŒøØđĐłŁ", ("ss", "ae", "AE", "oe", "OE", "o", "O", "d", "D", "l", "L"), strict=True))
@@ -48,6 +49,15 @@ class Label:
     def meets(self, other: "Label") -> bool:
         across = self.left < other.left + other.width and other.left < self.left + self.width
         return across and self.top < other.top + other.height and other.top < self.top + self.height
+
+
+def enlarged(picture: np.ndarray, detections: Detections) -> tuple[np.ndarray, Detections]:
+    """The picture and what was found on it, a whole number of times larger where it is too small for labels; otherwise as they are."""
+    times = LEGIBLE // max(picture.shape[:2])
+    if times < 2:
+        return picture, detections
+    larger = cv2.resize(picture, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
+    return larger, replace(detections, boxes=detections.boxes * np.float32(times))
 
 
 def draw(picture: np.ndarray, detections: Detections, names: Sequence[str]) -> np.ndarray:

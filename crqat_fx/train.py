@@ -297,8 +297,9 @@ def train(
                 speed = len(window) / (now - logged_at)
                 logged_at = now
                 window.clear()
-                log.write(state.step, {**logged, "rate": rate_at(settings, state.step - 1), "steps_per_second": speed})
-                text = _progress_text(logged, speed, settings.steps - state.step)
+                rate = rate_at(settings, state.step - 1)
+                log.write(state.step, {**logged, "rate": rate, "steps_per_second": speed})
+                text = _progress_text(logged, rate, speed, settings.steps - state.step)
             if progress is not None:
                 progress(state.step, settings.steps, text)
             if state.step % settings.save_every == 0 and state.step < settings.steps:
@@ -337,11 +338,11 @@ def _mean(window: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     return {"loss": sum(value for name, value in values.items() if name != "gradient_norm"), **values}
 
 
-def _progress_text(values: Mapping[str, float], speed: float, left: int) -> str:
+def _progress_text(values: Mapping[str, float], rate: float, speed: float, left: int) -> str:
     seconds = round(left / speed)
     clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     terms = ", ".join(f"{name} {value:.2f}" for name, value in values.items() if name not in ("loss", "gradient_norm"))
-    return f"loss {values['loss']:.2f} ({terms}), {speed:.2f} steps/s, {clock} left"
+    return f"loss {values['loss']:.2f} ({terms}), rate {rate:.1e}, {speed:.2f} steps/s, {clock} left"
 
 
 class _Interruption:

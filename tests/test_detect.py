@@ -25,6 +25,7 @@ from crqat_fx.detect import (
     open_vocabulary,
     split_names,
 )
+from crqat_fx.draw import enlarged
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import build, config_for, decode_boxes, flatten_levels
 from crqat_fx.pictures import Source, find_sources, letterbox, read_picture
@@ -255,8 +256,9 @@ def test_draws_and_lists_every_picture_and_skips_what_is_none(tmp_path, model, c
             assert record["score"] == pytest.approx(score, abs=2e-6)
             at += 1
         drawn = read_picture(out / ("z.png" if name == "z.tif" else name))
-        assert drawn.shape == picture.shape
-        assert (drawn != picture).any()
+        larger, _ = enlarged(picture, found)
+        assert drawn.shape == larger.shape
+        assert (drawn != larger).any()
     assert at == len(records) == sum(report.counts.values())
     assert report.counts == {name: sum(record["category_name"] == name for record in records) for name in report.counts}
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crqat_fx.detections import Detections
-from crqat_fx.draw import ascii_name, colour_of, draw, place_labels, text_colour
+from crqat_fx.draw import ascii_name, colour_of, draw, enlarged, place_labels, text_colour
 
 NAMES = ("person", "striped red star", "café", "a man in a very long coat walking a small dog past the harbour at night")
 
@@ -143,3 +143,13 @@ def test_text_stands_out_from_every_background():
 def test_names_are_drawn_in_ascii(name, drawn):
     assert ascii_name(name) == drawn
     assert ascii_name(name).isascii()
+
+
+@pytest.mark.parametrize(("shape", "times"), [((160, 160), 4), ((100, 213), 3), ((300, 320), 2), ((321, 8), 1), ((640, 640), 1)])
+def test_small_pictures_are_enlarged_with_their_boxes(shape, times):
+    picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)
+    found = Detections(np.array([[1, 2, 5, 7]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64))
+    larger, moved = enlarged(picture, found)
+    assert larger.shape == (shape[0] * times, shape[1] * times, 3)
+    assert moved.boxes.tolist() == [[1 * times, 2 * times, 5 * times, 7 * times]]
+    assert moved.scores is found.scores
