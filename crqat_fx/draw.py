@@ -1,6 +1,7 @@
 """Detections drawn on their picture: a box, and a label with name and score on the class's own colour.
 
-Small pictures are enlarged first, so that labels have room; lines and letters grow with the picture. Labels stay inside it and avoid each other where there is room, the best score choosing first.
+Small pictures are enlarged first, so that labels have room; lines and letters grow with the picture. Labels stay inside it and avoid each
+other where there is room, the best score choosing first.
 OpenCV's fonts know ASCII alone: accents are taken off other letters (`café` is drawn as `cafe`), and a character without such a form is
 drawn as its code (`\\u732b`); `ascii_name` says how a name will read.
 """
