@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from crqat_fx.models.text import embed
     from crqat_fx.models.yolo_world import build, decode_boxes
     from crqat_fx.pictures import read_picture
+    from crqat_fx.quantize.calibrate import calibrate
+    from crqat_fx.quantize.prepare import load_prepared, prepare
     from crqat_fx.recipe import QuantRecipe
     from crqat_fx.trace import trace
     from crqat_fx.train import train
@@ -36,6 +38,9 @@ _API = {
     "TorchDetector": "detect.TorchDetector",
     "UserError": "errors.UserError",
     "Vocabulary": "vocabulary.Vocabulary",
+    "calibrate": "quantize.calibrate.calibrate",
+    "load_prepared": "quantize.prepare.load_prepared",
+    "prepare": "quantize.prepare.prepare",
     "build": "models.yolo_world.build",
     "cost": "cost.cost",
     "decode_boxes": "models.yolo_world.decode_boxes",
@@ -60,6 +65,7 @@ __all__ = [
     "Vocabulary",
     "__version__",
     "build",
+    "calibrate",
     "cost",
     "decode_boxes",
     "detect_pictures",
@@ -67,6 +73,8 @@ __all__ = [
     "embed",
     "evaluate",
     "load",
+    "load_prepared",
+    "prepare",
     "read_checkpoint",
     "read_picture",
     "trace",

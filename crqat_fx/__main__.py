@@ -3,11 +3,13 @@
 import sys
 
 from crqat_fx.cli import app
+from crqat_fx.console import write_what_the_terminal_cannot
 from crqat_fx.errors import UserError
 from passes.base import PassError
 
 
 def main() -> None:
+    write_what_the_terminal_cannot()
     try:
         app(prog_name="crqat-fx")
     except (UserError, PassError) as error:

@@ -5,7 +5,7 @@
     crqat-fx     what `write_checkpoint` writes: plain data that `torch.load(weights_only=True)` reads too
 
 Size, version and text width are found in the weights. Nothing in a file is run (see `crqat_fx.unpickle`), and a file is taken whole or
-refused: every entry the model has must be there, of its shape, finite, and no other.
+refused: every entry the model has must be there, of its shape, of numbers that can be, and no other.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ FORMAT = "crqat-fx checkpoint"
 FORMAT_VERSION = 1
 DRAWN = "drawn_task_seed"  # metadata of a model of the drawn task: the vocabulary is a function of it and need not be stored
 
-Origin = Literal["official", "ultralytics", "crqat-fx"]
+Origin = Literal["official", "ultralytics", "crqat-fx", "preset"]  # a preset comes from no file: its weights are freshly drawn
 Stored = Mapping[str, StoredTensor]
 
 _STEM = "backbone.image_model.stem.conv.weight"
@@ -103,12 +103,12 @@ def write_checkpoint(
     if vocabulary is not None and vocabulary.width != config.text_width:
         what = f"the vocabulary is {vocabulary.width} wide and the model's text {config.text_width}"
         raise UserError(what, where=path, remedy="embed it with the CLIP that the model was trained with")
-    _check_finite(state, path, "go back to weights from before they broke")
+    _check_numbers(state, path, "go back to weights from before they broke")
     embeddings = None if vocabulary is None else torch.from_numpy(vocabulary.embeddings)
     if half:
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         embeddings = None if embeddings is None else embeddings.half()
-        _check_finite(state, path, "they are too large for 16 bits: write them in full")
+        _check_numbers(state, path, "they are too large for 16 bits: write them in full")
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -183,14 +183,14 @@ def _read_ultralytics(contents: dict[object, object], model: Inert, archive: Arc
             state[key] = dataclasses.replace(value, size=(), stride=())
     config = _config_of(state, where)
     arguments = contents.get("train_args")
-    size = arguments.get("imgsz") if isinstance(arguments, dict) else None
+    size = _picture_size(arguments.get("imgsz"), where) if isinstance(arguments, dict) else None
     return Checkpoint(
         path=where,
         origin="ultralytics",
         config=config,
         state=_strictly(state, config, archive),
         vocabulary=_baked_vocabulary(model, config, archive),
-        extra={"size": size} if type(size) is int and 0 < size < 2**16 else {},
+        extra={} if size is None else {"size": size},
     )
 
 
@@ -271,6 +271,10 @@ def official_name(key: str, version: int) -> str:
     return f"{layer}.{rest}"
 
 
+MOST_PARTS = 100_000  # modules and their entries; the largest published model has about 2,000
+_PARTS = ("_parameters", "_buffers", "_modules")
+
+
 def _module_tensors(model: Inert, where: Path) -> dict[str, StoredTensor]:
     """The state dict that a module which was not made would have had."""
     tensors: dict[str, StoredTensor] = {}
@@ -278,9 +282,10 @@ def _module_tensors(model: Inert, where: Path) -> dict[str, StoredTensor]:
     visited = 0
     while waiting:
         prefix, module, depth = waiting.pop()
-        visited += 1
         attributes = module.state
-        if not isinstance(attributes, dict) or depth > 32 or visited > 10_000:
+        if isinstance(attributes, dict):
+            visited += 1 + sum(len(kind) for kind in map(attributes.get, _PARTS) if isinstance(kind, dict))
+        if not isinstance(attributes, dict) or depth > 32 or visited > MOST_PARTS:
             raise UserError("is damaged: its model is no tree of modules", where=where, remedy=AGAIN)
         hidden = attributes.get("_non_persistent_buffers_set")
         for kind in ("_parameters", "_buffers"):
@@ -295,6 +300,19 @@ def _module_tensors(model: Inert, where: Path) -> dict[str, StoredTensor]:
 
 def _named(mapping: object) -> list[tuple[str, object]]:
     return [(name, value) for name, value in mapping.items() if isinstance(name, str)] if isinstance(mapping, dict) else []
+
+
+def _picture_size(stored: object, where: Path) -> int | None:
+    """The side of the square pictures that a model was trained on: `imgsz` is a number or, rarely, a pair."""
+    if stored is None:
+        return None
+    sides: list[object] = list(stored) if isinstance(stored, list | tuple) else [stored, stored]
+    match sides:
+        case [int(width), int(height)] if width == height and 0 < width < 2**16 and type(width) is type(height) is int:
+            return width
+    told = " x ".join(str(side) for side in sides[:4] if type(side) is int and abs(side) < 2**31) or "of no number"
+    logger.warning("%s: the picture size in it, %s, is left aside: pictures are square", where, told)
+    return None
 
 
 def _baked_vocabulary(model: Inert, config: YoloWorldConfig, archive: Archive) -> Vocabulary | None:
@@ -329,8 +347,8 @@ def _own_config(stored: object, where: Path) -> YoloWorldConfig:
         raise damaged
     for name, value in stored.items():
         lowest = 0 if name in ("class_width", "box_width") else 1
-        sound = 0 < value <= 8 if type(value) is float else type(value) is int and lowest <= value <= 2**16
-        if not sound or (types[name] is int and type(value) is not int):
+        fraction = types[name] is float and type(value) in (int, float) and 0 < value <= 8
+        if not fraction and not (types[name] is int and type(value) is int and lowest <= value <= 2**16):
             raise damaged
     try:
         return YoloWorldConfig(**stored)
@@ -400,7 +418,7 @@ def _config_of(state: Stored, where: Path) -> YoloWorldConfig:
 def _strictly(state: Stored, config: YoloWorldConfig, archive: Archive) -> dict[str, Tensor]:
     _check_entries({key: value.size for key, value in state.items()}, config, archive.path)
     tensors = _floats(state, archive)
-    _check_finite(tensors, archive.path, AGAIN)
+    _check_numbers(tensors, archive.path, AGAIN)
     return tensors
 
 
@@ -428,14 +446,15 @@ def _first(keys: list[str]) -> str:
     return ", ".join(shown(key) for key in keys[:2]) + (", ..." if len(keys) > 2 else "")
 
 
-def _check_finite(state: Mapping[str, Tensor], where: str | Path, remedy: str) -> None:
+def _check_numbers(state: Mapping[str, Tensor], where: str | Path, remedy: str) -> None:
+    """Every weight finite, and no variance below zero."""
     # by numpy: hundreds of small sums cost torch's threads more than they save
-    broken = [
-        key for key, value in state.items() if not np.isfinite((value.float() if value.dtype is torch.bfloat16 else value).numpy()).all()
-    ]
-    if broken:
-        what = f"has NaN or infinite weights in {len(broken)} of {len(state)} entries ({_first(broken)})"
-        raise UserError(what, where=where, remedy=remedy)
+    arrays = {key: (value.float() if value.dtype is torch.bfloat16 else value).numpy() for key, value in state.items()}
+    infinite = [key for key, array in arrays.items() if not np.isfinite(array).all()]
+    negative = [key for key, array in arrays.items() if key.endswith(".running_var") and (array < 0).any()]
+    for fault, broken in (("NaN or infinite weights", infinite), ("negative variances", negative)):
+        if broken:
+            raise UserError(f"has {fault} in {len(broken)} of {len(state)} entries ({_first(broken)})", where=where, remedy=remedy)
 
 
 def _floats(state: Stored, archive: Archive) -> dict[str, Tensor]:

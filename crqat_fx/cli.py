@@ -5,15 +5,27 @@ Torch and everything heavy is imported inside the commands, so that help answers
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from crqat_fx import __version__, console
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
-from crqat_fx.settings import Resolved, resolve
+from crqat_fx.settings import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from torch import nn
+
+    from crqat_fx.checkpoint import Checkpoint
+    from crqat_fx.models.yolo_world import YoloWorld
+
+SETTINGS = "settings.yaml"  # beside a result, in its folder
 
 app = typer.Typer(
     help="From a published YOLO-World checkpoint to a low-bit model that still knows its classes.",
@@ -24,6 +36,9 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "a checkpoint: official .pth, ultralytics .pt, this project's own; or a shipped model of the drawn task: pico-v1, pico-v2"
+RUNNABLE_HELP = f"{MODEL_HELP}; or a prepared and calibrated model"
+ON_PAPER_HELP = "or a preset without weights, such as yolo-world-v1-l"
+Runnable = Annotated[str, typer.Argument(help=RUNNABLE_HELP, show_default=False)]
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; a flag beats it", show_default=False)]
@@ -54,17 +69,19 @@ def _given(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _settings(resolved: Resolved[Any]) -> dict[str, Any]:
-    """Resolved settings as JSON shows them: each with where it came from."""
-    values = dataclasses.asdict(resolved.values)
-    return {
-        name: {"value": str(value) if isinstance(value, Path) else value, "from": resolved.origins[name]} for name, value in values.items()
-    }
+def _beside(result: Path) -> Path:
+    """Where the settings of a result that is one file go."""
+    return result.with_name(f"{result.name}.{SETTINGS}")
+
+
+def _command(*arguments: object) -> str:
+    """What was run, for the head of a settings file."""
+    return " ".join(["crqat-fx", *(ascii(argument) if " " in str(argument) else str(argument) for argument in arguments)])
 
 
 @app.command()
 def detect(
-    model: Model,
+    model: Runnable,
     pictures: Annotated[
         list[str], typer.Argument(help="pictures, folders (searched through), patterns such as 'photos/*.jpg', videos", show_default=False)
     ],
@@ -90,20 +107,23 @@ def detect(
 
     A picture that cannot be read is skipped and named; the exit status is then 1.
     """
-    from crqat_fx.checkpoint import load_model
     from crqat_fx.detect import RESULT, DetectSettings, carried_settings, detect_pictures, open_detector
     from crqat_fx.pictures import find_sources
 
     sources = find_sources(pictures, without=out)
-    loaded, checkpoint = load_model(model)
+    loaded, checkpoint = _load(model)
     flags = _given(
         vocabulary=vocabulary, text=text, conf=conf, iou=iou, max=most, size=size, batch=batch, device=device, threads=threads
     )  # fmt: skip
     resolved = resolve(DetectSettings, flags, config, carried_settings(checkpoint))
     detector = open_detector(loaded, checkpoint, resolved.values)
+
+    def keep_settings() -> None:
+        resolved.write(out / SETTINGS, _command("detect", model, *pictures))
+
     with console.progress("detect") as progress:
-        report = detect_pictures(detector, sources, out, batch=resolved.values.batch, progress=progress)
-    resolved.write(out / "settings.yaml")
+        batch_size = resolved.values.batch
+        report = detect_pictures(detector, sources, out, batch=batch_size, progress=progress, before_drawing=keep_settings)
     if as_json:
         console.show_json(
             {
@@ -112,7 +132,7 @@ def detect(
                 "detections": json.loads((out / RESULT).read_text(encoding="utf-8")),
                 "counts": dict(report.counts),
                 "skipped": [dataclasses.asdict(one) for one in report.skipped],
-                "settings": _settings(resolved),
+                "settings": resolved.as_json(),
             }
         )
     else:
@@ -121,6 +141,15 @@ def detect(
     if report.skipped:
         console.note(f"{len(report.skipped)} skipped: {', '.join(one.name for one in report.skipped)}")
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """Settings of the command `embed`."""
+
+    encoder: Path | None = None
+    tokenizer: Path | None = None  # None looks in the encoder's folder
+    batch: int = 64
 
 
 @app.command()
@@ -133,13 +162,14 @@ def embed(
         ),
     ],
     encoder: Annotated[
-        Path, typer.Option(help="CLIP text encoder: a transformers folder, or an official .pth that carries it", show_default=False)
-    ],
+        Path | None, typer.Option(help="CLIP text encoder: a transformers folder, or an official .pth that carries it", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="the vocabulary to write")] = Path("vocabulary.npz"),
     tokenizer: Annotated[
         Path | None, typer.Option(help="folder of CLIP's tokenizer files  [default: the encoder's]", show_default=False)
     ] = None,
-    batch: Annotated[int, typer.Option(help="names embedded at once")] = 64,
+    batch: Annotated[int | None, typer.Option(help="names embedded at once  [default: 64]", show_default=False)] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Compute a vocabulary (names and their embeddings) with CLIP's text encoder.
@@ -149,6 +179,12 @@ def embed(
     from crqat_fx.models.text import embed as compute
     from crqat_fx.vocabulary import read_names
 
+    resolved = resolve(EmbedSettings, _given(encoder=encoder, tokenizer=tokenizer, batch=batch), config)
+    settings = resolved.values
+    if settings.encoder is None:
+        raise UserError(
+            "no text encoder", where="--encoder", remedy="name a transformers folder of CLIP, or an official .pth that carries it"
+        )
     listed: tuple[str, ...]
     if names.suffix in (".yaml", ".yml"):
         from crqat_fx.data.config import read_data, texts_needed
@@ -158,58 +194,105 @@ def embed(
     else:
         listed, prompts = read_names(names), None
     with console.progress("embed") as progress:
-        vocabulary = compute(listed, encoder, tokenizer, prompts=prompts, batch=batch, progress=progress)
+        vocabulary = compute(listed, settings.encoder, settings.tokenizer, prompts=prompts, batch=settings.batch, progress=progress)
     vocabulary.save(out)
+    resolved.write(_beside(out), _command("embed", names))
     if as_json:
-        console.show_json({"out": str(out), "names": len(vocabulary), "width": vocabulary.width})
+        console.show_json({"out": str(out), "names": len(vocabulary), "width": vocabulary.width, "settings": resolved.as_json()})
     else:
         console.note(f"{len(vocabulary)} names, embeddings {vocabulary.width} wide, in {out}")
 
 
+@dataclass(frozen=True)
+class InspectSettings:
+    """Settings of the command `inspect`."""
+
+    depth: int = 2  # 0 shows all
+    stages: Literal[2, 3] = 2
+
+
 @app.command()
 def inspect(
-    model: Model,
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; {ON_PAPER_HELP}", show_default=False)],
     depth: Annotated[
         int | None,
-        typer.Option(help="how far to open the tree: 1 backbone, neck, head; 2 their layers; 0 all  [default: 2]", show_default=False),
+        typer.Option(
+            help="how far to open the tree: 1 backbone, neck, head; 2 their layers; 0 all  [default: 2]", min=0, show_default=False
+        ),
     ] = None,
     graph: Annotated[Path | None, typer.Option(help="draw the graph, its stages in colour, into this .svg", show_default=False)] = None,
-    stages: Annotated[int, typer.Option(help="2: backbone, neck-head; 3: backbone, neck, head", min=2, max=3)] = 2,
+    stages: Annotated[
+        int | None, typer.Option(help="2: backbone, neck-head; 3: backbone, neck, head  [default: 2]", show_default=False)
+    ] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model is: size, version, parameters, vocabulary, and its blocks with channels and strides."""
-    from crqat_fx import inspection
-    from crqat_fx.checkpoint import load_model
+    from crqat_fx.inspection import inspect_model, tree
 
-    loaded, checkpoint = load_model(model)
-    report = inspection.inspect_model(loaded, checkpoint, depth=inspection.DEPTH if depth is None else depth or None)
+    if graph is not None and graph.suffix != ".svg":
+        raise UserError(f"{graph.name} is no .svg", where="--graph", remedy="name a file that ends in .svg")
+    resolved = resolve(InspectSettings, _given(depth=depth, stages=stages), config)
+    loaded, checkpoint = _model_or_preset(model)
+    report = inspect_model(loaded, checkpoint, depth=resolved.values.depth or None)
     if graph is not None:
         from crqat_fx.graph_picture import save_picture
-        from crqat_fx.pipelines import prepare_passes
+        from crqat_fx.pipelines import mark_stages
         from crqat_fx.trace import trace
 
-        if graph.suffix != ".svg":
-            raise UserError(f"{graph.name} is no .svg", where="--graph", remedy="name a file that ends in .svg")
         traced = trace(loaded)
-        prepare_passes(3 if stages == 3 else 2)(traced)
+        mark_stages(resolved.values.stages)(traced)
         save_picture(traced, graph, f"{checkpoint.path.name}: YOLO-World v{report['version']} {report['size'] or ''}".strip())
+        resolved.write(_beside(graph), _command("inspect", model))
     if as_json:
         console.show_json(report)
     else:
-        console.show(inspection.tree(report))
+        console.show(tree(report))
     if graph is not None:
         console.note(f"drawn: {graph}")
 
 
+def _model_or_preset(name: str) -> "tuple[YoloWorld, Checkpoint]":
+    """The model of a file; of a preset's name such as `yolo-world-v1-s`, one of that shape with freshly drawn weights."""
+    from crqat_fx.checkpoint import Checkpoint, load_model
+    from crqat_fx.cost import model_on_paper
+    from crqat_fx.models.yolo_world import YoloWorld
+
+    on_paper = model_on_paper(name)
+    if on_paper is None:
+        return load_model(name)
+    model = YoloWorld(on_paper.config).eval()
+    return model, Checkpoint(Path(name), "preset", model.config, model.state_dict())
+
+
+@dataclass(frozen=True)
+class ShapesSettings:
+    """Settings of the command `shapes`."""
+
+    train: int = 8000
+    val: int = 500
+    calibration: int = 256
+    size: int = 160
+    seed: int = 0
+    workers: int = 2
+
+
 @app.command()
 def shapes(
-    out: Annotated[Path, typer.Option(help="new folder for the set", show_default=False)],
-    train: Annotated[int, typer.Option(min=0, help="training pictures")] = 8000,
-    val: Annotated[int, typer.Option(min=0, help="validation pictures, uniform over all 240 names")] = 500,
-    calibration: Annotated[int, typer.Option(min=0, help="calibration pictures")] = 256,
-    size: Annotated[int, typer.Option(help="picture size")] = 160,
-    seed: Annotated[int, typer.Option(help="seed of the task: vocabulary and pictures")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="drawing processes")] = 2,
+    out: Annotated[Path, typer.Option(help="new or empty folder for the set", show_default=False)],
+    train: Annotated[int | None, typer.Option(min=0, help="training pictures  [default: 8000]", show_default=False)] = None,
+    val: Annotated[
+        int | None, typer.Option(min=0, help="validation pictures, uniform over all 240 names  [default: 500]", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        int | None, typer.Option(min=0, help="calibration pictures, drawn like training's  [default: 256]", show_default=False)
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="picture size  [default: 160]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="of the task: vocabulary and pictures  [default: 0]", show_default=False)] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="drawing processes; 0 draws in this one  [default: 2]", show_default=False)
+    ] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Draw the open-vocabulary task of coloured shapes and write it as a COCO-format set with its vocabulary.
@@ -218,24 +301,32 @@ def shapes(
     """
     from crqat_fx.data.shapes import ShapesTask, write_coco
 
-    counts = {name: count for name, count in (("train", train), ("val", val), ("calibration", calibration)) if count}
+    flags = _given(train=train, val=val, calibration=calibration, size=size, seed=seed, workers=workers)
+    resolved = resolve(ShapesSettings, flags, config)
+    settings = resolved.values
+    counts = {name: getattr(settings, name) for name in ("train", "val", "calibration") if getattr(settings, name)}
     with console.progress("shapes") as progress:
-        data = write_coco(ShapesTask(seed, size), out, counts, workers=workers, progress=progress)
+        data = write_coco(ShapesTask(settings.seed, settings.size), out, counts, workers=settings.workers, progress=progress)
+    resolved.write(out / SETTINGS, _command("shapes"))
     if as_json:
-        console.show_json({"data": str(data), "pictures": counts, "size": size, "seed": seed})
+        console.show_json({"data": str(data), "pictures": counts, "settings": resolved.as_json()})
     else:
         console.note(f"{sum(counts.values())} pictures in {out}; give {data} to --data")
 
 
 @app.command()
 def evaluate(
-    model: Model,
+    model: Runnable,
     data: Annotated[str, typer.Option(help="a data.yaml; or shapes, the drawn task", show_default=False)],
     metric: Annotated[
         str | None, typer.Option(help="coco: COCO's AP; lvis-fixed: LVIS' Fixed AP, federated truth  [default: coco]", show_default=False)
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="validation pictures of the drawn task")] = 500,
-    vocabulary: VocabularyFile = None,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, help="validation pictures of the drawn task  [default: 500]", show_default=False)
+    ] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="vocabulary .npz, in place of the data's or else the model's own", show_default=False)
+    ] = None,
     conf: Annotated[float | None, typer.Option(help="lowest score that counts  [default: 0.001]", show_default=False)] = None,
     iou: Annotated[float | None, typer.Option(help="overlap above which NMS drops a box  [default: 0.7]", show_default=False)] = None,
     most: Annotated[
@@ -262,8 +353,7 @@ def evaluate(
     The vocabulary may be another than training's (zero-shot). With --teacher also the distortion of region-text and region-region
     similarity. A picture that cannot be read is left out and named; the exit status is then 1.
     """
-    from crqat_fx.checkpoint import load_model
-    from crqat_fx.data.opening import open_evaluation, size_of_data
+    from crqat_fx.data.opening import SHAPES, open_evaluation, size_of_data
     from crqat_fx.detect import carried_settings, open_detector
     from crqat_fx.distortion import distortion
     from crqat_fx.evaluate import EvaluateSettings
@@ -271,37 +361,42 @@ def evaluate(
 
     if plots is not None and teacher is None:
         raise UserError("compares with a teacher", where="--plots", remedy="name one with --teacher")
-    loaded, checkpoint = load_model(model)
+    loaded, checkpoint = _load(model)
     flags = _given(
-        metric=metric, vocabulary=vocabulary, conf=conf, iou=iou, max=most, size=size, batch=batch, device=device, threads=threads,
-        compared=compared,
+        metric=metric, pictures=pictures, vocabulary=vocabulary, conf=conf, iou=iou, max=most, size=size, batch=batch, device=device,
+        threads=threads, compared=compared,
     )  # fmt: skip
     resolved = resolve(EvaluateSettings, flags, config, size_of_data(data) | carried_settings(checkpoint))
     settings = resolved.values
-    dataset, texts = open_evaluation(data, settings.size, pictures)
-    if settings.vocabulary is None and texts is not None:
+    if data != SHAPES and resolved.origins["pictures"] in ("flag", "config") and settings.pictures != EvaluateSettings.pictures:
+        raise UserError("means nothing to a data.yaml, which names its own pictures", where="--pictures", remedy="leave it out")
+    dataset, texts = open_evaluation(data, settings.size, settings.pictures)
+    source = "settings" if settings.vocabulary is not None else "model" if texts is None else "data"
+    if source == "data":
         checkpoint = dataclasses.replace(checkpoint, vocabulary=texts)
     detector = open_detector(loaded, checkpoint, settings.detecting)
-    with console.progress("evaluate") as progress:
-        result = score(detector, dataset, settings.metric, batch_size=settings.batch, progress=progress)
-    report: dict[str, Any] = {"model": model, "data": data, **result.as_dict()}
+    report: dict[str, Any] = {"model": model, "data": data, "vocabulary": {"names": len(detector.names), "from": source}}
     if teacher is not None:
-        reference, _ = load_model(teacher)
+        reference, _ = _load(teacher)
         with console.progress("distortion") as progress:
             drift = distortion(
                 loaded, reference.to(detector.device), dataset, detector.vocabulary, size=settings.size, limit=settings.compared,
                 batch_size=settings.batch, device=detector.device, progress=progress,
             )  # fmt: skip
-        report["distortion"] = drift.as_dict()
-        if plots is not None:
-            from crqat_fx.plots import write_plots
+        report |= {"teacher": teacher, "distortion": drift.as_dict()}
+    with console.progress("evaluate") as progress:
+        result = score(detector, dataset, settings.metric, batch_size=settings.batch, progress=progress)
+    report |= result.as_dict() | {"settings": resolved.as_json()}
+    run = _command("evaluate", model, "--data", data, *(("--teacher", teacher) if teacher is not None else ()))
+    if plots is not None:
+        from crqat_fx.plots import write_plots
 
-            report["plots"] = [str(path) for path in write_plots(drift, plots)]
-    report["settings"] = _settings(resolved)
+        report["plots"] = [str(path) for path in write_plots(drift, plots)]
+        resolved.write(plots / SETTINGS, run)
     if out is not None:
         with written(out / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        resolved.write(out / "settings.yaml")
+        resolved.write(out / SETTINGS, run)
     if as_json:
         console.show_json(report)
     else:
@@ -340,15 +435,29 @@ def list_passes(as_json: Json = False) -> None:
         console.show(console.table("passes", ("schedule", "pass", "what it does"), rows))
 
 
+@dataclass(frozen=True)
+class CostSettings:
+    """Settings of the command `cost`."""
+
+    recipe: str | None = None  # None is all float
+    vocabulary: str = "80"
+    size: int = 640
+    target: str = "ort"
+
+
 @app.command()
 def cost(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; or a preset without weights, such as yolo-world-v1-l", show_default=False)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; {ON_PAPER_HELP}", show_default=False)],
     recipe: Annotated[
         str | None, typer.Option(help="4-4-8, 8-8-8-int, ... or a YAML file  [default: all float]", show_default=False)
     ] = None,
-    vocabulary: Annotated[str, typer.Option(help="how many texts, or a vocabulary .npz")] = "80",
-    size: Annotated[int, typer.Option(help="picture size, a multiple of 32")] = 640,
-    target: Annotated[str, typer.Option(help="what runs it: ort, or conv-inputs (how the published figures count)")] = "ort",
+    vocabulary: Annotated[str | None, typer.Option(help="how many texts, or a vocabulary .npz  [default: 80]", show_default=False)] = None,
+    size: Annotated[int | None, typer.Option(help="picture size, a multiple of 32  [default: 640]", show_default=False)] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="what runs it: ort, or conv-inputs (how the published figures count)  [default: ort]", show_default=False),
+    ] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Count multiply-accumulates, bit operations and size from the graph: as published, and as an export really runs it."""
@@ -356,15 +465,151 @@ def cost(
     from crqat_fx.cost import cost as count
     from crqat_fx.cost import format_report, model_on_paper
     from crqat_fx.recipe import recipe_named
-    from crqat_fx.vocabulary import Vocabulary
 
-    texts = int(vocabulary) if vocabulary.isdecimal() else len(Vocabulary.load(vocabulary))
-    bits = None if recipe is None else recipe_named(recipe)
-    counted = count(model_on_paper(model) or load_model(model)[0], bits, texts, size, target)
+    resolved = resolve(CostSettings, _given(recipe=recipe, vocabulary=vocabulary, size=size, target=target), config)
+    settings = resolved.values
+    bits = None if settings.recipe is None else recipe_named(settings.recipe)
+    shape = model_on_paper(model) or load_model(model)[0]
+    texts = _texts(settings.vocabulary, shape.config.text_width)
+    counted = count(shape, bits, texts, settings.size, settings.target)
     if as_json:
-        console.show_json({"model": model, "recipe": recipe, **counted.as_json()})
+        console.show_json({"model": model, "recipe": settings.recipe, **counted.as_json()})
     else:
         console.show(format_report(counted))
+
+
+def _texts(vocabulary: str, width: int) -> int:
+    """How many texts `--vocabulary` means: a number, or a file of that width."""
+    from crqat_fx.vocabulary import Vocabulary
+
+    if vocabulary.isdecimal():
+        return int(vocabulary)
+    loaded = Vocabulary.load(vocabulary)
+    if loaded.width != width:
+        raise UserError(f"embeddings are {loaded.width} wide and the model reads {width}", where=vocabulary, remedy="give one of its width")
+    return len(loaded)
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Settings of the command `prepare`."""
+
+    recipe: str = "4-8-8-int"
+    target: str = "ort"
+    cpu: Literal["any", "vnni"] = "any"
+    method: str = "lsq"
+    vocabulary: Path | None = None  # None takes the model's own
+    size: int = 640
+    calibrate: str | None = None  # pictures, or shapes; None leaves the quantizers without ranges
+    observer: str = "omse"
+    pictures: int = 256
+
+
+@app.command()
+def prepare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="the prepared model to write")] = Path("prepared.pt"),
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="weight-activation-attention bits, or a YAML file. 4-4-8 is the paper's; without 4-bit kernels 4-bit activations cost "
+            "accuracy and give nothing back  [default: 4-8-8-int]",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="what will run it: ort, or conv-inputs (the paper's, OpenVINO)  [default: ort]", show_default=False)
+    ] = None,
+    cpu: Annotated[
+        str | None, typer.Option(help="any, or vnni: 8-bit weights use all 8 bits  [default: any, 7 bits under ort]", show_default=False)
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="how quantizers learn: lsq or pact  [default: lsq]", show_default=False)] = None,
+    vocabulary: VocabularyFile = None,
+    size: PictureSize = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="pictures to set the ranges by: a folder, or shapes, the drawn task", show_default=False)
+    ] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="omse, minmax, moving-average, percentile, entropy  [default: omse]", show_default=False)
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, help="pictures calibrated on  [default: 256]", show_default=False)] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Put learnable quantizers into a model, where its target wants them, and set their ranges on pictures.
+
+    Shows the passes that ran, the stages, and what stays float and why. `evaluate` and `detect` take the result.
+    """
+    from crqat_fx.checkpoint import load_model
+    from crqat_fx.detect import DetectSettings, carried_settings, open_vocabulary
+    from crqat_fx.quantize.calibrate import calibrate as set_ranges
+    from crqat_fx.quantize.calibrate import picture_batches
+    from crqat_fx.quantize.prepare import prepare as insert
+
+    loaded, checkpoint = load_model(model)
+    flags = _given(
+        recipe=recipe, target=target, cpu=cpu, method=method, vocabulary=vocabulary, size=size, calibrate=calibrate, observer=observer,
+        pictures=pictures,
+    )  # fmt: skip
+    resolved = resolve(PrepareSettings, flags, config, carried_settings(checkpoint))
+    settings = resolved.values
+    texts = open_vocabulary(checkpoint.vocabulary, DetectSettings(vocabulary=settings.vocabulary, size=settings.size), checkpoint.path)
+    prepared = insert(
+        loaded, recipe=settings.recipe, target=settings.target, vocabulary=texts, size=settings.size, cpu=settings.cpu,
+        method=settings.method,
+    )  # fmt: skip
+    if settings.calibrate is not None:
+        with console.progress("calibrate") as progress:
+            batches = picture_batches(prepared, _calibration_pictures(settings.calibrate, settings.size, settings.pictures))
+            set_ranges(prepared, batches, settings.observer, settings.pictures, progress=progress)
+    prepared.save(out)
+    resolved.write(_beside(out), _command("prepare", model))
+    stages = [
+        {"stage": stage.name, "nodes": len(stage.nodes), "modules": sum(node.op == "call_module" for node in stage.nodes),
+         "quantizers": len(prepared.quantizers([stage.name]))}
+        for stage in prepared.stages
+    ]  # fmt: skip
+    steps = [{"pass": step.name, "rewrites": step.rewrites, "ms": step.seconds * 1e3} for step in prepared.steps]
+    floats = [{"path": path, "why": why} for path, why in prepared.floats()]
+    if as_json:
+        report = {"out": str(out), "passes": steps, "stages": stages, "float": floats, "calibrated": prepared.calibrated}
+        console.show_json({**report, "settings": resolved.as_json()})
+        return
+    for title, rows in (("passes", steps), ("stages", stages), ("what stays float", floats)):
+        if rows:
+            console.show(console.table(title, list(rows[0]), [list(row.values()) for row in rows]))
+    console.note(f"prepared: {out}" + ("" if prepared.calibrated else "; give --calibrate to set the ranges of its quantizers"))
+
+
+def _calibration_pictures(place: str, size: int, count: int) -> "Iterator[np.ndarray]":
+    """The pictures that `--calibrate` names, at most `count`, one at a time."""
+    from itertools import islice
+
+    from crqat_fx.data.opening import SHAPES
+    from crqat_fx.data.shapes import ShapesTask
+    from crqat_fx.pictures import find_sources, read_source
+
+    if place == SHAPES:
+        task = ShapesTask(size=size)
+        return (task.draw("calibration", index).image for index in range(count))
+    sources = find_sources([place])
+    return (picture.pixels for picture in islice((each for source in sources for each in read_source(source)), count))
+
+
+def _load(name: str) -> "tuple[nn.Module, Checkpoint]":
+    """A model that runs, and what its file carries: of a checkpoint, or of a prepared model with its ranges set."""
+    from crqat_fx.checkpoint import Checkpoint, load_model
+    from crqat_fx.quantize.prepare import load_prepared
+    from crqat_fx.quantize.prepared import is_prepared_file
+    from crqat_fx.shipped import locate
+
+    if not is_prepared_file(locate(name)):
+        return load_model(name)
+    prepared = load_prepared(name)
+    if not prepared.calibrated or prepared.config is None:
+        raise UserError("its quantizers have no ranges", where=name, remedy="prepare it again with --calibrate")
+    carried = Checkpoint(Path(name), "crqat-fx", prepared.config, {}, prepared.vocabulary, extra={"size": prepared.size})
+    return prepared.graph.eval(), carried
 
 
 @app.command()
@@ -382,7 +627,7 @@ def pretrain(
     batch: Annotated[int | None, typer.Option(help="pictures a batch  [default: 16]", show_default=False)] = None,
     accumulate: Annotated[int | None, typer.Option(help="batches a step  [default: 1]", show_default=False)] = None,
     rate: Annotated[float | None, typer.Option(help="learning rate  [default: 0.002]", show_default=False)] = None,
-    warmup: Annotated[int | None, typer.Option(help="steps until the full rate  [default: 3000]", show_default=False)] = None,
+    warmup: Annotated[int | None, typer.Option(help="steps until the full rate  [default: 3% of the steps]", show_default=False)] = None,
     schedule: Annotated[str | None, typer.Option(help="linear or constant  [default: linear]", show_default=False)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: fp32]", show_default=False)] = None,
     device: Device = None,
@@ -404,38 +649,50 @@ def pretrain(
     """
     from crqat_fx.pretrain import PretrainSettings
     from crqat_fx.pretrain import pretrain as run
-    from crqat_fx.train import SETTINGS
+    from crqat_fx.train import settings_of
 
     flags = _given(
         model=model, version=version, data=data, size=size, texts=texts, pictures=pictures, steps=steps, batch=batch, accumulate=accumulate,
         rate=rate, warmup=warmup, schedule=schedule, precision=precision, device=device, threads=threads, workers=workers, seed=seed,
         log_every=log_every, save_every=save_every,
     )  # fmt: skip
-    if resume and config is None and (out / SETTINGS).exists():
-        config = out / SETTINGS
-    resolved = resolve(PretrainSettings, flags, config)
+    resolved = resolve(PretrainSettings, flags, config, settings_of(out) if resume else None)
     with console.progress("pretrain") as progress:
         result = run(resolved.values, out, origins=resolved.origins, progress=progress, resume=resume)
     if as_json:
-        console.show_json({**dataclasses.asdict(result), "settings": _settings(resolved)})
+        console.show_json({**dataclasses.asdict(result), "settings": resolved.as_json()})
     else:
         console.note(f"step {result.steps} after {result.seconds:.0f} s; the averaged weights are {result.model}")
+        for deed, counts in (("skipped", result.skipped), ("repaired", result.repaired)):
+            if counts:
+                console.note(f"{deed}: {', '.join(f'{count} x {kind}' for kind, count in counts.items())}")
     if result.interrupted:
         raise typer.Exit(130)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of the command `demo`."""
+
+    pictures: int = 500
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures, detections and the stage graph")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="50 validation pictures instead of 500")] = False,
+    pictures: Annotated[int | None, typer.Option(min=1, help="validation pictures  [default: 500]", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="the same as --pictures 50")] = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole product on what the package carries: the drawn task and its two shipped models."""
     from crqat_fx.demo import RECIPES
     from crqat_fx.demo import demo as run
 
+    resolved = resolve(DemoSettings, _given(pictures=50 if quick and pictures is None else pictures), config)
     with console.progress("demo") as progress:
-        report = run(out, pictures=50 if quick else 500, progress=progress)
+        report = run(out, pictures=resolved.values.pictures, progress=progress)
+    resolved.write(out / SETTINGS, _command("demo"))
     if as_json:
         console.show_json(report)
         return

@@ -1,7 +1,9 @@
 """How the command line speaks: results on stdout, everything else (progress, warnings, where files went) on stderr."""
 
+import io
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Report = Callable[[int, int, str], None]  # done, total, what it is at
 
@@ -24,6 +27,13 @@ class _OneLine(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         notes.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False)
+
+
+def write_what_the_terminal_cannot() -> None:
+    """A character that a stream's encoding lacks is written as its code instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def start_logging(debug: bool) -> None:
@@ -79,15 +89,15 @@ def show(what: RenderableType) -> None:
 
 
 def show_json(report: Mapping[str, Any] | Sequence[Any]) -> None:
-    results.file.write(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
+    results.file.write(json.dumps(report, indent=2, default=str) + "\n")
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]], digits: int = 1) -> Table:
     """Text on the left, numbers on the right."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=Text(title), title_justify="left")
     for number, name in enumerate(head):
         numeric = all(isinstance(row[number], int | float | None) for row in rows)
-        drawn.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        drawn.add_row(*("-" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row))
+        drawn.add_column(Text(name), justify="right" if numeric else "left")
+    for row in rows:  # as Text: a name may look like markup
+        drawn.add_row(*(Text("-" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)) for cell in row))
     return drawn

@@ -19,18 +19,20 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import Target as Called
 from torch.utils.flop_counter import FlopCounterMode
 
 from crqat_fx.errors import UserError
-from crqat_fx.models.yolo_world import SIZES, Match, YoloWorld, build
+from crqat_fx.models.yolo_world import SIZES, Match, YoloWorld, build, max_similarity
 from crqat_fx.pipelines import BINS, LOGITS, float_export_passes
 from crqat_fx.recipe import FLOAT, QuantRecipe, QuantRule, Target, target_named
-from crqat_fx.trace import trace
-from passes.fx.graph import ancestors, blocks_of, module_of, node_paths, nodes_in, readers_of_values
+from crqat_fx.trace import trace_unproved
+from passes.fx.graph import ancestors, blocks_of, is_quantizer, living, module_of, node_paths, nodes_in, readers_of_values
 from passes.spec import QuantSpec
 
 FLOAT_BITS = SCALAR_BITS = 32
 PICTURE_INPUT, TEXT_INPUT = 0, 1  # placeholders; an export for a fixed vocabulary has the text as a constant
+MOST_TEXTS = 1_000_000  # far above any vocabulary, far below where the numbers of bytes overflow
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -115,26 +117,30 @@ def cost(model: nn.Module, recipe: QuantRecipe | None = None, vocabulary: int = 
 
 
 def measure(model: nn.Module, vocabulary: int = 80, size: int = 640) -> Measurement:
-    if vocabulary < 1:
-        raise UserError(f"a vocabulary of {vocabulary} texts", where="--vocabulary", remedy="give a number from 1")
+    if not 1 <= vocabulary <= MOST_TEXTS:
+        raise UserError(f"a vocabulary of {vocabulary} texts", where="--vocabulary", remedy=f"give a number from 1 to {MOST_TEXTS:,}")
     if size < 32 or size % 32:
         raise UserError(f"size is {size}", where="--size", remedy="give a multiple of 32")
-    graph = on_meta(model) if isinstance(model, GraphModule) else trace(on_meta(model), examples=[])
+    graph = _countable(on_meta(model) if isinstance(model, GraphModule) else trace_unproved(on_meta(model)))
     inputs = (torch.empty(1, 3, size, size, device="meta"), torch.empty(1, vocabulary, _text_width(graph), device="meta"))
+    plain = _Counted.run(graph, inputs, node_paths(graph))
     folded = copy.deepcopy(graph)
+    # a recipe speaks of the model's own paths, which folding may change: what is read through a norm is then read through a convolution
+    paths = {node: plain.paths[original] for original, node in zip(graph.graph.nodes, folded.graph.nodes, strict=True)}
     float_export_passes()(folded)
-    return Measurement(vocabulary, size, _Counted.run(graph, inputs), _Counted.run(folded, inputs))
+    return Measurement(vocabulary, size, plain, _Counted.run(folded, inputs, node_paths(folded) | paths))
 
 
 def price(measured: Measurement, recipe: QuantRecipe | None = None, target: str = "ort") -> CostReport:
     place = target_named(target)
-    rules = (recipe or QuantRecipe((FLOAT,))).rules_for(measured.plain.paths.values())
+    asked = recipe or QuantRecipe((FLOAT,))
+    asked.rules_for(measured.plain.paths.values())  # refuses a rule that matches nothing
     return CostReport(
         measured.vocabulary,
         measured.size,
         target,
-        blocks=_by_block(measured.plain, _published(measured.plain, rules, place)),
-        export=_by_block(measured.folded, _exported(measured.folded, rules, place)),
+        blocks=_by_block(measured.plain, _published(measured.plain, asked, place)),
+        export=_by_block(measured.folded, _exported(measured.folded, asked, place)),
     )
 
 
@@ -168,6 +174,21 @@ def _in_float(each: Cost) -> Cost:
     return dataclasses.replace(each, bops=each.macs * FLOAT_BITS**2, bits=each.fp32_bits)
 
 
+def _countable(graph: GraphModule) -> GraphModule:
+    """The graph without its dead nodes. Refused where layers would be missed: they are told by the modules that `trace` keeps whole."""
+    if any(is_quantizer(module) for module in graph.modules()):
+        raise UserError("holds quantizers", where="the graph", remedy="give the float model, and the bits as a recipe")
+    alive = living(graph)
+    for node in reversed(graph.graph.nodes):
+        if node not in alive:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    _text_width(graph)
+    if not any(isinstance(module_of(graph, node), Match) for node in graph.graph.nodes):
+        raise UserError("holds no Match, whose cost an export folds", where="the graph", remedy="trace the model with crqat_fx.trace")
+    return graph
+
+
 def _text_width(graph: GraphModule) -> int:
     """The width of the linear that reads the text: a graph knows it where no configuration is at hand."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -194,13 +215,17 @@ def model_on_paper(name: str) -> YoloWorld | None:
 
 
 def on_meta(model: M) -> M:
-    """A copy in evaluation mode that has shapes and no numbers, whatever the model weighs."""
+    """A copy in evaluation mode that has shapes and no numbers, whatever the model weighs, in float32 whatever it computes in."""
     stand_ins: dict[int, Any] = {}
     for parameter in model.parameters():
-        stand_ins[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        stand_ins[id(parameter)] = nn.Parameter(_stand_in(parameter), requires_grad=False)
     for buffer in model.buffers():
-        stand_ins[id(buffer)] = buffer.to("meta")
+        stand_ins[id(buffer)] = _stand_in(buffer)
     return copy.deepcopy(model, stand_ins).eval()
+
+
+def _stand_in(value: Tensor) -> Tensor:
+    return value.detach().to("meta", torch.float32 if value.is_floating_point() else value.dtype)
 
 
 # --- counting ---
@@ -216,8 +241,8 @@ class _Counted:
     shapes: dict[Node, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def run(cls, graph: GraphModule, inputs: tuple[Tensor, ...]) -> "_Counted":
-        counted = cls(graph, node_paths(graph))
+    def run(cls, graph: GraphModule, inputs: tuple[Tensor, ...], paths: dict[Node, str]) -> "_Counted":
+        counted = cls(graph, paths)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             _Counting(counted, counter).run(*inputs)
         return counted
@@ -255,18 +280,25 @@ class _Counting(Interpreter):
             self.counted.shapes[n] = tuple(value.shape)
         return value
 
+    def call_function(self, target: Called, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is max_similarity:  # at once, not a few texts at a time: on the meta device nothing is too large
+            return torch.matmul(*args, **kwargs).amax(2)
+        return super().call_function(target, args, kwargs)
 
-def _published(counted: _Counted, rules: Mapping[str, QuantRule], target: Target) -> dict[Node, Cost]:
+
+def _published(counted: _Counted, recipe: QuantRecipe, target: Target) -> dict[Node, Cost]:
     costs: dict[Node, Cost] = {}
     stored: set[Tensor] = set()
     for node in counted.graph.graph.nodes:
-        rule = rules[counted.paths[node]]
-        weights = _weights(counted.parameters(node), rule, stored)
-        costs[node] = _product(counted, node, counted.macs[node], rule) + weights + _quantizers(counted, node, rule, target)
+        path = counted.paths[node]
+        rule = recipe.rule_for(path)
+        weights = _weights(counted.parameters(node), rule, stored, path)
+        quantizers = _quantizers(counted, node, rule, target, counted.shapes.get(node, ()))
+        costs[node] = _product(counted, node, counted.macs[node], rule) + weights + quantizers
     return costs
 
 
-def _exported(counted: _Counted, rules: Mapping[str, QuantRule], target: Target) -> dict[Node, Cost]:
+def _exported(counted: _Counted, recipe: QuantRecipe, target: Target) -> dict[Node, Cost]:
     picture = [node for node in counted.graph.graph.nodes if node.op == "placeholder"][PICTURE_INPUT]
     varying = _descendants(picture)
     needed = ancestors(_outputs(counted.graph))
@@ -277,20 +309,21 @@ def _exported(counted: _Counted, rules: Mapping[str, QuantRule], target: Target)
     for node in counted.graph.graph.nodes:
         if node not in needed or node not in varying or node in absorbed:
             continue
-        rule = rules[counted.paths[node]]
-        macs = counted.macs[node]
+        path = counted.paths[node]
+        rule = recipe.rule_for(path)
+        macs, output = counted.macs[node], counted.shapes.get(node, ())
         parameters = counted.parameters(node)
         if node in collapsed:
             match, _ = collapsed[node]
             texts, channels = counted.shapes[match][1], parameters["weight"].shape[0]
-            macs = macs // channels * texts
+            macs, output = macs // channels * texts, (output[0], texts, *output[2:])
             parameters = {"weight": parameters["weight"][:1].expand(texts, -1, -1, -1), "bias": torch.empty(texts, device="meta")}
-        here = _product(counted, node, macs, rule) + _weights(parameters, rule, stored)
+        here = _product(counted, node, macs, rule) + _weights(parameters, rule, stored, path)
         constants = [source for source in node.all_input_nodes if source not in varying and source in counted.shapes]
         for constant in constants:
             spec = rule.activation if counted.macs[node] else None
-            here += _stored(counted.elements(constant), spec, counted.shapes[constant])
-        costs[node] = here + _quantizers(counted, node, rule, target, without=constants)
+            here += _stored(counted.elements(constant), spec, counted.shapes[constant], path)
+        costs[node] = here + _quantizers(counted, node, rule, target, output, without=constants)
     return costs
 
 
@@ -301,33 +334,42 @@ def _product(counted: _Counted, node: Node, macs: int, rule: QuantRule) -> Cost:
     return Cost(macs=macs, bops=macs * weight * activation)
 
 
-def _weights(parameters: Mapping[str, Tensor], rule: QuantRule, stored: set[Tensor]) -> Cost:
+def _weights(parameters: Mapping[str, Tensor], rule: QuantRule, stored: set[Tensor], path: str) -> Cost:
     """A weight of two axes and more (a norm's has one) at the rule's bits, with its scales; every other parameter in float. What is shared
     is stored once."""
     total = Cost()
     for name, value in parameters.items():
         if value not in stored:  # by identity, which is how tensors hash
             stored.add(value)
-            total += _stored(value.numel(), rule.weight if name == "weight" and value.dim() > 1 else None, tuple(value.shape))
+            total += _stored(value.numel(), rule.weight if name == "weight" and value.dim() > 1 else None, tuple(value.shape), path)
     return total
 
 
-def _stored(elements: int, spec: QuantSpec | None, shape: tuple[int, ...]) -> Cost:
-    bits = elements * FLOAT_BITS if spec is None else elements * spec.bits + _scalars(spec, shape) * SCALAR_BITS
+def _stored(elements: int, spec: QuantSpec | None, shape: tuple[int, ...], path: str) -> Cost:
+    bits = elements * FLOAT_BITS if spec is None else elements * spec.bits + _scalars(spec, shape, path) * SCALAR_BITS
     return Cost(parameters=elements, bits=bits, fp32_bits=elements * FLOAT_BITS)
 
 
-def _quantizers(counted: _Counted, node: Node, rule: QuantRule, target: Target, without: Collection[Node] = ()) -> Cost:
-    """The scales and zero points of the activation quantizers that a target has at a node."""
+def _quantizers(
+    counted: _Counted, node: Node, rule: QuantRule, target: Target, output: tuple[int, ...], without: Collection[Node] = ()
+) -> Cost:
+    """The scales and zero points of the activation quantizers that a target has at a node, whose `output` has this shape."""
     if rule.activation is None or node.op not in ("call_module", "call_function"):
         return Cost()
     kind = counted.kind(node)
-    tensors = [node.args[index] for index in target.operands.get(kind, ())] + [node] * (kind in target.outputs)
-    quantized = [tensor for tensor in tensors if isinstance(tensor, Node) and tensor not in without]
-    return Cost(bits=sum(_scalars(rule.activation, counted.shapes[tensor]) for tensor in quantized) * SCALAR_BITS)
+    operands = [node.args[index] for index in target.operands.get(kind, ())]
+    shapes = [counted.shapes[operand] for operand in operands if isinstance(operand, Node) and operand not in without]
+    shapes += [output] * (kind in target.outputs)
+    return Cost(bits=sum(_scalars(rule.activation, shape, counted.paths[node]) for shape in shapes) * SCALAR_BITS)
 
 
-def _scalars(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+def _scalars(spec: QuantSpec, shape: tuple[int, ...], path: str) -> int:
+    if spec.channel_axis is not None and spec.channel_axis >= len(shape):
+        raise UserError(
+            f"channel_axis is {spec.channel_axis}, but what is quantized at {path} has the shape {list(shape)}",
+            where="recipe",
+            remedy=f"give an axis from 0 to {len(shape) - 1}" if shape else "leave channel_axis out",
+        )
     scales = 1 if spec.channel_axis is None else shape[spec.channel_axis]
     return scales * (1 if spec.symmetric else 2)
 

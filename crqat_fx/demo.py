@@ -7,7 +7,6 @@ out/demo.json    the closing table
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from crqat_fx.files import written
 from crqat_fx.graph_picture import save_picture
 from crqat_fx.pictures import find_sources
 from crqat_fx.pipelines import prepare_passes
+from crqat_fx.progress import Progress
 from crqat_fx.recipe import preset
 from crqat_fx.shipped import SHIPPED
 from crqat_fx.trace import trace
-
-Progress = Callable[[int, int, str], None]
 
 SHOWN = 12  # pictures drawn for looking at
 DRAWN_ABOVE = 0.3  # score

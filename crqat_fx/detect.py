@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from crqat_fx.draw import ascii_name, draw, enlarged
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
 from crqat_fx.pictures import Picture, Source, count_pictures, letterbox, read_source
+from crqat_fx.progress import Progress
 from crqat_fx.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -35,11 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]  # done, total, what it is at
-
 RESULT = "detections.json"
 STEP = 32  # of the picture size: the model's coarsest stride
 LARGEST = 8192
+MOST_AT_ONCE = 2**14
+MOST_THREADS = 2**12
 _WRITTEN_AS_THEY_ARE = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
 _LONGEST_SIDE = 16383  # that every one of these formats holds
 
@@ -61,10 +63,10 @@ class DetectSettings:
     def __post_init__(self) -> None:
         _ = self.selection  # checks its values
         check_size(self.size)
-        if self.batch < 1:
-            raise UserError(f"batch is {self.batch}", remedy="give a whole number of at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads is {self.threads}", remedy="give a whole number of at least 1")
+        if not 1 <= self.batch <= MOST_AT_ONCE:
+            raise UserError(f"batch is {self.batch}", remedy=f"give a whole number from 1 to {MOST_AT_ONCE}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(f"threads is {self.threads}", remedy=f"give a whole number from 1 to {MOST_THREADS}")
 
     @property
     def selection(self) -> Selection:
@@ -159,13 +161,13 @@ def check_size(size: int) -> None:
 
 
 def usable_device(device: "str | torch.device") -> "torch.device":
-    """The device, once something has been put on it."""
+    """The device, once a number has been put on it and read back: `meta` keeps none."""
     import torch
 
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch without CUDA asserts; without an accelerator's part, it imports
         reason = str(error).strip().splitlines()[0]
         available = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
         raise UserError(
@@ -229,9 +231,18 @@ def split_names(text: str) -> list[str]:
 
 
 def detect_pictures(
-    detector: Detector, sources: Sequence[Source], out: Path, *, batch: int = 1, progress: Progress | None = None
+    detector: Detector,
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    batch: int = 1,
+    progress: Progress | None = None,
+    before_drawing: Callable[[], None] | None = None,
 ) -> DetectReport:
     """Detects in every picture and frame; writes each, drawn, into `out`, and all detections into `out/detections.json`.
+
+    `before_drawing` is called once, when the first detections are there and before anything is written for good: settings that it writes
+    lie beside whatever follows. Where nothing follows because an error came first, `out` is not left behind as an empty folder.
 
     What cannot be read is logged as a warning, skipped and reported. The drawing of `a/b.jpg` is `a/b.jpg` (PNG for formats that hold more
     than a picture), that of frame 12 of `c.mp4` is `c/000012.jpg`; a name that is taken gets a number."""
@@ -246,21 +257,41 @@ def detect_pictures(
     done = 0
     total = count_pictures(sources)
     try:
-        with written(out / RESULT) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with _made(out), written(out / RESULT) as temporary, temporary.open("w", encoding="utf-8") as file:
             records = _Records(file, detector.names)
             pictures = _readable(sources, skipped)
             while group := list(islice(pictures, batch)):
-                for picture, found in zip(group, detector.detect([picture.pixels for picture in group]), strict=True):
+                detected = detector.detect([picture.pixels for picture in group])
+                if before_drawing is not None and not done:
+                    before_drawing()
+                for picture, found in zip(group, detected, strict=True):
                     records.add(done, picture, found)
                     _write_drawing(targets[picture.source], picture, draw(*enlarged(picture.pixels, found), detector.names))
                     counts.update(detector.names[label] for label in found.labels)
                     done += 1
                     if progress is not None:
                         progress(done + len(skipped), max(total, done + len(skipped)), f"{_title(picture)}: {len(found)} found")
+            if before_drawing is not None and not done:
+                before_drawing()
             records.close()
     except OSError as error:
-        raise UserError(f"cannot be written to ({error.strerror})", where=out, remedy="see to the room on the disk") from error
+        raise UserError(
+            f"cannot be written to ({error.strerror})", where=out, remedy="name another folder, or make room on the disk"
+        ) from error
     return DetectReport(out, done, dict(counts.most_common()), tuple(skipped))
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Takes back, when the block fails, the folders on the way to `folder` that it made and that are still empty."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    except BaseException:
+        for one in missing:
+            with suppress(OSError):  # not empty, or not made
+                one.rmdir()
+        raise
 
 
 def drawing_targets(sources: Sequence[Source], out: Path) -> dict[Source, Path]:
@@ -305,7 +336,7 @@ class _Records:
             record |= {"category_id": label, "category_name": self._names[label]}
             record["bbox"] = [round(value, 3) for value in (left, top, right - left, bottom - top)]
             record["score"] = round(score, 6)
-            self._file.write(self._separator + json.dumps(record, ensure_ascii=False))
+            self._file.write(self._separator + json.dumps(record))
             self._separator = ",\n"
 
     def close(self) -> None:
@@ -313,12 +344,15 @@ class _Records:
 
 
 def _readable(sources: Sequence[Source], skipped: list[Skipped]) -> Iterator[Picture]:
-    """Every picture that can be read; the others are added to `skipped`."""
+    """Every picture that can be read; the others, and videos that cannot be read to their end, are added to `skipped`."""
     for source in sources:
+        given = False
         try:
-            yield from read_source(source)
+            for picture in read_source(source):
+                given = True
+                yield picture
         except UserError as error:
-            logger.warning("skipped: %s", error)
+            logger.warning("%s: %s", "not read whole" if given else "skipped", error)
             skipped.append(Skipped(source.name, str(error)))
 
 

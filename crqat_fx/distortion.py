@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from crqat_fx.assign import assign
 from crqat_fx.data.samples import Batch, EvaluationSet, Sample, collate
 from crqat_fx.errors import UserError
-from crqat_fx.evaluate import Progress, batches, category_slots, picture_name, read_picture_or_skip
+from crqat_fx.evaluate import EvaluateSettings, batches, category_slots, picture_name, read_picture_or_skip
 from crqat_fx.models.yolo_world import anchor_points, decode_boxes, flatten_levels
 from crqat_fx.pictures import letterbox
+from crqat_fx.progress import Progress
 from crqat_fx.vocabulary import Vocabulary
 
-PICTURES = 512  # as published
 EXAMPLES = 4  # pictures kept to be drawn
 BINS = 100  # of a histogram
 RANGES = {"embedding": (-1.0, 1.0), "confidence": (0.0, 1.0)}  # of what is measured in a space
@@ -171,7 +171,7 @@ def distortion(
     vocabulary: Vocabulary,
     *,
     size: int = 640,
-    limit: int = PICTURES,
+    limit: int = EvaluateSettings.compared,
     batch_size: int = 8,
     examples: int = EXAMPLES,
     device: torch.device | str = "cpu",
@@ -182,6 +182,7 @@ def distortion(
     for name, model in (("student", student), ("teacher", teacher)):
         if model.training:
             raise ValueError(f"the {name} is in training mode: call eval() first")
+        refuse_other_width(name, model, vocabulary)
     embeddings = vocabulary.embeddings[category_slots(vocabulary.names, dataset.coco)]
     truths = _Truths(dataset)
     measurement = _Measurement(examples)
@@ -201,6 +202,16 @@ def distortion(
         if progress is not None:
             progress(indices.stop, total, "pictures")
     return measurement.result()
+
+
+def refuse_other_width(name: str, model: nn.Module, vocabulary: Vocabulary) -> None:
+    """Raises where the model called `name` says in its `config` that it takes texts of another width than the vocabulary's."""
+    width = getattr(getattr(model, "config", None), "text_width", vocabulary.width)
+    if width != vocabulary.width:
+        raise UserError(
+            f"the {name} takes texts {width} wide, the vocabulary's are {vocabulary.width} wide",
+            remedy="compare models of one text encoder, with its vocabulary",
+        )
 
 
 class _Truths:

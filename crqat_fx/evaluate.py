@@ -15,7 +15,7 @@ of it: the same numbers, no table of every picture by every class, and detection
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,11 +27,11 @@ from crqat_fx.data.samples import EvaluationSet
 from crqat_fx.detect import DetectSettings
 from crqat_fx.detections import Detections, Detector
 from crqat_fx.errors import UserError
+from crqat_fx.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 Metric = Literal["coco", "lvis-fixed"]
-Progress = Callable[[int, int, str], None]
 
 KEPT: Mapping[Metric, int] = {"coco": 300, "lvis-fixed": 1000}  # detections a picture that a detector keeps, as published
 FIXED_PER_CLASS = 10_000  # detections of the whole set, for Fixed AP
@@ -42,7 +42,8 @@ class EvaluateSettings:
     """Settings of the command `evaluate`. The defaults are the published ones."""
 
     metric: Metric = "coco"
-    vocabulary: Path | None = None  # in place of the one that the model's file carries
+    pictures: int = 500  # of the drawn task; a data.yaml names its own
+    vocabulary: Path | None = None  # in place of the one that the data or the model's file brings
     conf: float = 0.001
     iou: float = 0.7
     max: int | None = None  # None takes the metric's number
@@ -50,7 +51,7 @@ class EvaluateSettings:
     batch: int = 8
     device: str = "cpu"
     threads: int | None = None  # of the processor; None leaves PyTorch's own choice
-    compared: int = 512  # pictures that are compared with a teacher
+    compared: int = 512  # pictures that are compared with a teacher, as published
 
     def __post_init__(self) -> None:
         _ = self.detecting  # checks its values

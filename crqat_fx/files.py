@@ -12,9 +12,9 @@ from crqat_fx.errors import UserError
 def written(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place when the block ends well and is removed when it does not."""
     target = Path(path)
-    if target.is_dir():
-        raise UserError("is a folder, not a file", where=target, remedy="name a file to write")
     try:
+        if target.is_dir():
+            raise UserError("is a folder, not a file", where=target, remedy="name a file to write")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
         temporary.touch(exist_ok=False)  # with the rights that any new file gets, which tempfile would withhold from others

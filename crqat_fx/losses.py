@@ -41,11 +41,8 @@ class Losses:
         return self.cls + self.box + self.dfl
 
 
-def detection_loss(
-    logits: Sequence[Tensor], bins: Sequence[Tensor], truth: Truth, text_mask: Tensor | None = None
-) -> tuple[Losses, Assignment]:
-    """The model's logits and bins, level by level, against the truth. Texts that `text_mask` [B,N] leaves out take no part in the
-    classification loss; without it padding counts as one more negative, as published."""
+def detection_loss(logits: Sequence[Tensor], bins: Sequence[Tensor], truth: Truth) -> tuple[Losses, Assignment]:
+    """The model's logits and bins, level by level, against the truth. A text that only pads counts as one more negative, as published."""
     with torch.autocast(logits[0].device.type, enabled=False):
         points, strides = anchor_points(logits)
         scores = flatten_levels(logits).float()
@@ -56,7 +53,7 @@ def detection_loss(
 
         image, position = assignment.positive.nonzero(as_tuple=True)
         target = assignment.scores[image, position]
-        cls = _classification(scores, image, position, assignment, text_mask)
+        cls = _classification(scores, image, position, assignment)
         cells = strides[position].unsqueeze(1)
         sides = flatten_levels(bins)[image, position].float().unflatten(1, (4, BINS))
         box, dfl = box_losses(sides, points[position] / cells, assignment.boxes[image, position] / cells)
@@ -69,13 +66,10 @@ def detection_loss(
     return losses, assignment
 
 
-def _classification(scores: Tensor, image: Tensor, position: Tensor, assignment: Assignment, text_mask: Tensor | None) -> Tensor:
+def _classification(scores: Tensor, image: Tensor, position: Tensor, assignment: Assignment) -> Tensor:
     """Summed BCE with logits, as softplus(x) - target * x: the target is 0 but for one text of each positive, so it is never laid out."""
-    negative = F.softplus(scores)
-    if text_mask is not None:
-        negative = negative * text_mask.unsqueeze(1)
     own = scores[image, position, assignment.labels[image, position]]
-    return negative.sum() - (own * assignment.scores[image, position]).sum()
+    return F.softplus(scores).sum() - (own * assignment.scores[image, position]).sum()
 
 
 def box_losses(sides: Tensor, centres: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

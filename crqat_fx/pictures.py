@@ -1,17 +1,16 @@
 """Pictures as the detector wants them: found in folders, globs and videos, read upright as 8-bit RGB, and letterboxed.
 
-- Exif orientation is respected. A transparent picture lies on the padding's grey (114), so that what it hides is not detected.
+- Exif orientation is respected, and AVIF's own. A transparent picture lies on the padding's grey (114): what it hides is not detected.
 - 16-bit samples are scaled from their full range to 8 bit; grey and palette pictures become RGB; of an animation, the first frame counts.
   Floating-point samples are refused: their range is not known.
-- A file is read only when it is of at most `MOST_BYTES`, and decoded only when its header says at most `MOST_PIXELS`. (Formats whose header
-  is not read here, AVIF and the uncompressed ones among them, have OpenCV's own bounds.)
+- A file is read only when it is of at most `MOST_BYTES`, and decoded only when its header says at most `MOST_PIXELS`. (Uncompressed
+  formats, whose header is not read, have OpenCV's own bounds.)
+- A video that gives fewer frames than its container declares ends in an error, after the frames that it did give.
 """
 
 import glob
 import itertools
 import os
-import re
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import cv2
 import numpy as np
 
 from crqat_fx.errors import UserError
+from crqat_fx.headers import declared_size, frame_count, orientation
 
 PICTURE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
@@ -28,8 +28,8 @@ PICTURE_SUFFIXES = frozenset(
 VIDEO_SUFFIXES = frozenset((".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"))
 MOST_BYTES = 2**30
 MOST_PIXELS = 2**27
+_FFMPEG_LEVEL, _FFMPEG_QUIET = "OPENCV_FFMPEG_LOGLEVEL", "-8"
 PADDING = 114  # the grey level around a letterboxed picture, as published
-_JPEG_MARKER = re.compile(rb"\xff([^\xff\0])")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,14 @@ def find_sources(places: Iterable[str | Path], without: Path | None = None) -> l
     excluded = without.resolve() if without is not None else None
     found: dict[Path, Source] = {}
     for place in places:
-        sources = _named_by(place, excluded)
+        try:
+            sources = _named_by(place, excluded)
+            left_out = excluded is not None and not sources and bool(_named_by(place, None))
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror})", where=place, remedy="check the path and its permissions") from error
+        if left_out:
+            remedy = "choose another folder with --out, or name the files themselves"
+            raise UserError(f"holds pictures or videos, but they lie in {without}, where results go", where=place, remedy=remedy)
         if not sources:
             raise UserError("holds no picture or video", where=place, remedy=f"known are files that end in {_known_suffixes()}")
         for source in sources:
@@ -122,8 +129,11 @@ def _name_within(folder: Path, path: Path) -> str:
 
 
 def _is_known(path: Path, excluded: Path | None) -> bool:
-    if path.suffix.lower() not in PICTURE_SUFFIXES | VIDEO_SUFFIXES or not path.is_file():
-        return False
+    try:
+        if path.suffix.lower() not in PICTURE_SUFFIXES | VIDEO_SUFFIXES or not path.is_file():
+            return False
+    except OSError:  # told when it is read
+        return True
     return excluded is None or excluded not in path.resolve().parents
 
 
@@ -149,7 +159,7 @@ def read_picture(path: str | Path) -> np.ndarray:
     """A picture file as uint8 RGB [H, W, 3], upright."""
     path = Path(path)
     data = _read_bytes(path)
-    declared = _declared_size(data)
+    declared = declared_size(data)
     if declared is not None and declared[0] * declared[1] > MOST_PIXELS:
         raise UserError(
             f"is a picture of {declared[0]} x {declared[1]} pixels, more than the {MOST_PIXELS:,} that are read",
@@ -164,7 +174,7 @@ def read_picture(path: str | Path) -> np.ndarray:
     if decoded is None:
         raise UserError("is no picture that can be decoded", where=path, remedy="convert it to PNG or JPEG")
     exif = next((block.tobytes() for kind, block in zip(kinds, blocks, strict=True) if kind == cv2.IMAGE_METADATA_EXIF), b"")
-    return np.ascontiguousarray(_upright(_rgb(_eight_bit(decoded, path)), _exif_orientation(exif)))
+    return np.ascontiguousarray(_upright(_rgb(_eight_bit(decoded, path)), orientation(data, exif)))
 
 
 def read_frames(path: str | Path) -> Iterator[np.ndarray]:
@@ -172,23 +182,41 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
     path = Path(path)
     capture = _open_video(path)
     try:
-        count = 0
+        count, reached = 0, 0.0
         while True:
             there, frame = capture.read()
             if not there:
                 break
             count += 1
+            reached = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         if not count:
             raise UserError("is a video without a frame that can be decoded", where=path, remedy="convert it to H.264 in MP4")
+        _check_end(path, capture, count, reached)
     finally:
         capture.release()
 
 
+def _check_end(path: Path, capture: cv2.VideoCapture, count: int, reached: float) -> None:
+    """Compares what was decoded, `count` frames up to second `reached`, with what the container declares."""
+    declared, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+    kind = frame_count(path)
+    if kind == "unknown" or not 1 <= declared < 2**31:
+        return
+    remedy = "its other frames were used; get the file again"
+    if kind == "exact" and count < declared:
+        what = f"is damaged or cut short: {count:,} of the {declared:,.0f} frames that it declares can be decoded"
+        raise UserError(what, where=path, remedy=remedy)
+    # an estimate is the duration times the mean rate, which need not be the rate of every part
+    if kind == "estimate" and rate > 0 and count < 0.9 * declared and reached + 1 / rate < 0.9 * declared / rate:
+        what = f"is damaged or cut short: it ends after {reached + 1 / rate:.1f} of the {declared / rate:.1f} s that it declares"
+        raise UserError(what, where=path, remedy=remedy)
+
+
 def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():  # a device or a pipe would never end
-        raise UserError("is not a file", where=path, remedy="name a picture file")
     try:
+        if not path.is_file():  # a device or a pipe would never end
+            raise UserError("is not a file", where=path, remedy="name a picture file")
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"is larger than {MOST_BYTES // 2**20} MiB", where=path, remedy="shrink it or cut it into tiles")
         data = path.read_bytes()
@@ -208,8 +236,13 @@ def _open_video(path: Path) -> cv2.VideoCapture:
         raise UserError(f"cannot be read ({error.strerror})", where=path, remedy="check the file and its permissions") from error
     if start.startswith((b"#EXTM3U", b"ffconcat")):
         raise UserError("is a playlist, which may name any file or address", where=path, remedy="give the video itself")
+    name = os.fspath(path.resolve())
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("is a video whose name is not UTF-8, which OpenCV cannot open", where=path, remedy="rename it") from error
     with _quiet_opencv():
-        capture = cv2.VideoCapture(os.fspath(path.resolve()), cv2.CAP_FFMPEG)
+        capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
     if not capture.isOpened():
         capture.release()
         raise UserError("is no video that can be decoded", where=path, remedy="convert it to H.264 in MP4")
@@ -228,13 +261,17 @@ def _declared_frames(path: Path) -> int:
 
 @contextmanager
 def _quiet_opencv() -> Iterator[None]:
-    """Without OpenCV's own lines on stderr: what went wrong is raised."""
+    """Without OpenCV's and FFmpeg's own lines on stderr: what went wrong is raised."""
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    chosen = os.environ.get(_FFMPEG_LEVEL)
+    os.environ[_FFMPEG_LEVEL] = _FFMPEG_QUIET if chosen is None else chosen  # read once, when OpenCV first opens a video
     try:
         yield
     finally:
         cv2.utils.logging.setLogLevel(level)
+        if chosen is None:
+            del os.environ[_FFMPEG_LEVEL]
 
 
 def _eight_bit(samples: np.ndarray, path: Path) -> np.ndarray:
@@ -261,92 +298,12 @@ def _rgb(samples: np.ndarray) -> np.ndarray:
     return colour.astype(np.uint8)
 
 
-def _upright(picture: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(picture: np.ndarray, turned: int) -> np.ndarray:
     """Undoes an Exif orientation: 2 to 4 mirror and turn, 5 to 8 also swap the sides."""
-    if orientation >= 5:
+    if turned >= 5:
         picture = picture.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
+    if turned in (3, 4, 7, 8):
         picture = picture[::-1]
-    if orientation in (2, 3, 6, 7):
+    if turned in (2, 3, 6, 7):
         picture = picture[:, ::-1]
     return picture
-
-
-def _exif_orientation(exif: bytes) -> int:
-    """The value of tag 0x0112 in an Exif block's first directory, 1 where there is none that makes sense."""
-    exif = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None:
-        return 1
-    values = dict(_short_tags(exif, order))
-    orientation = values.get(0x0112, 1)
-    return orientation if 1 <= orientation <= 8 else 1
-
-
-def _short_tags(data: bytes, order: str) -> Iterator[tuple[int, int]]:
-    """(tag, value) of the single whole numbers in the first directory of a TIFF structure, as far as it goes."""
-    if len(data) < 8:
-        return
-    (start,) = struct.unpack_from(f"{order}I", data, 4)
-    if start + 2 > len(data):
-        return
-    (count,) = struct.unpack_from(f"{order}H", data, start)
-    for offset in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind = struct.unpack_from(f"{order}HH", data, offset)
-        if kind in (3, 4):
-            yield tag, struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", data, offset + 8)[0]
-
-
-def _declared_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as the header of a compressed format says, None where the header is not read here or is too short."""
-    try:
-        if data.startswith(b"\x89PNG\r\n\x1a\n"):
-            return _pair(">II", data, 16)
-        if data.startswith(b"\xff\xd8"):
-            return _jpeg_size(data)
-        if data.startswith((b"GIF87a", b"GIF89a")):
-            return _pair("<HH", data, 6)
-        if data.startswith(b"BM"):
-            width, height = _pair("<HH" if data[14:18] == b"\x0c\0\0\0" else "<ii", data, 18)
-            return abs(width), abs(height)
-        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-            return _webp_size(data)
-        if data.startswith((b"II*\0", b"MM\0*")):
-            values = dict(_short_tags(data, "<" if data.startswith(b"II") else ">"))
-            return values.get(256, 0), values.get(257, 0)
-        codestream = data.find(b"\xff\x4f\xff\x51", 0, 65536) if data.startswith((b"\0\0\0\x0cjP", b"\xff\x4f")) else -1
-        if codestream >= 0:
-            right, bottom = _pair(">II", data, codestream + 8)
-            left, top = _pair(">II", data, codestream + 16)
-            return right - left, bottom - top
-    except struct.error:
-        return None
-    return None
-
-
-def _pair(form: str, data: bytes, offset: int) -> tuple[int, int]:
-    first, second = struct.unpack_from(form, data, offset)
-    return first, second
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """From the frame header, past the segments before it (a thumbnail in one of them has a frame header of its own)."""
-    offset = 2
-    while match := _JPEG_MARKER.search(data, offset):
-        marker, offset = match[1][0], match.end()
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = _pair(">HH", data, offset + 3)
-            return width, height
-        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:
-            offset += struct.unpack_from(">H", data, offset)[0]
-    return None
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    if data[12:16] == b"VP8X":
-        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
-    if data[12:16] == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = _pair("<HH", data, 26)
-    return width & 0x3FFF, height & 0x3FFF

@@ -2,24 +2,51 @@
 
 import functools
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from crqat_fx.models import yolo_world
+from crqat_fx.recipe import TARGETS, WIDEST, Target
 from crqat_fx.trace import LEAVES, LeafTracer
 from passes.base import Pass, Pipeline
 from passes.fx.fold_batchnorm import FoldBatchNorm
 from passes.fx.mark_stages import MarkStages
+from passes.fx.mark_whole import MarkWhole
+from passes.fx.place_quantizers import Make, PlaceQuantizers
+from passes.fx.share_scales import ShareScales
+from passes.fx.split_silu import SplitSilu
+from passes.spec import QuantSpec
 
 LOGITS, BINS = 0, 1  # entries of the model's output; the regions, 2, are not counted
 
 
-def prepare_passes(stages: Literal[2, 3] = 2) -> Pipeline[GraphModule]:
-    """Before training: a traced graph, ready for quantizers."""
+def _without_a_factory(spec: QuantSpec, known: float | None) -> nn.Module:
+    raise ValueError("quantizers come from crqat_fx.quantize: give their factory as `make`")
+
+
+def prepare_passes(stages: Literal[1, 2, 3] = 2) -> Pipeline[GraphModule]:
+    """Before quantizers: a traced graph, every node marked with its stage. One stage is for models without a curriculum."""
     return Pipeline(
-        mark_stages(stages),  # first: the patterns are met as they were traced, and every later node takes the stage of what it serves
+        # first: the patterns are met as they were traced, and every later node takes the stage of what it serves
+        MarkWhole() if stages == 1 else mark_stages(stages),
+    )
+
+
+def quantizer_passes(
+    target: Target = TARGETS["ort"],
+    make: Make = _without_a_factory,
+    share_scales: bool | None = None,
+    inputs: Mapping[str, float] | None = None,
+) -> Pipeline[GraphModule]:
+    """After torch.ao has fused layers and swapped in those that learn: every quantizer that is not in a layer."""
+    share = ShareScales(target, target.shared, lambda spec: spec.bits == WIDEST if share_scales is None else share_scales)
+    return Pipeline(
+        *([SplitSilu()] if "SiLU" in target.outputs else []),  # before quantizers are placed: both sides of it get one
+        PlaceQuantizers(target, make, inputs),
+        share,  # last: it joins quantizers that stand
     )
 
 
@@ -30,7 +57,11 @@ def float_export_passes() -> Pipeline[GraphModule]:
     )
 
 
-SCHEDULES = {"prepare": prepare_passes, "float-export": float_export_passes}
+SCHEDULES: Mapping[str, Callable[[], Pipeline[GraphModule]]] = {
+    "prepare": prepare_passes,
+    "quantize": quantizer_passes,
+    "float-export": float_export_passes,
+}
 
 
 def passes_in_order() -> list[tuple[str, str, str]]:

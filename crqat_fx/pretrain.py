@@ -12,17 +12,18 @@ from typing import ClassVar, Literal
 import torch
 
 from crqat_fx.checkpoint import DRAWN
-from crqat_fx.data.augment import Augmentation
-from crqat_fx.data.config import open_vocabularies, read_data
 from crqat_fx.data.loader import DetectionBatches
-from crqat_fx.data.shapes import ShapesBatches, ShapesTask
+from crqat_fx.data.opening import SHAPES, open_training
+from crqat_fx.data.shapes import ShapesBatches
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import Size, YoloWorld, config_for, initialise_head
-from crqat_fx.train import BatchSource, Progress, TrainResult, TrainSettings, train
+from crqat_fx.progress import Progress
+from crqat_fx.train import TrainResult, TrainSettings, train
 from crqat_fx.vocabulary import Vocabulary
 
-SHAPES = "shapes"
 SMALL = ("pico", "nano", "s")  # sizes whose published augmentation scales less
+OF_SHAPES = ("pictures",)  # settings that mean nothing to a data.yaml
+OF_A_FILE = ("without_mosaic", "workers")  # settings that mean nothing to the drawn task
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class PretrainSettings(TrainSettings):
             raise UserError(f"without_mosaic is {self.without_mosaic}", remedy="give a share between 0 and 1")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}", remedy="give 0 or more")
+        for name in OF_A_FILE if self.data == SHAPES else OF_SHAPES:
+            if getattr(self, name) != getattr(PretrainSettings, name):
+                raise UserError(f"{name} means nothing to the data {self.data}", remedy=f"leave {name} out")
 
 
 def pretrain(
@@ -58,9 +62,9 @@ def pretrain(
     resume: bool = False,
 ) -> TrainResult:
     """Trains a new model into the run folder `out`, or goes on with the run that is there."""
-    source, vocabulary, text_width = open_source(settings)
+    source, vocabulary = open_source(settings)
     torch.manual_seed(settings.seed)
-    model = YoloWorld(replace(config_for(settings.model, settings.version), text_width=text_width))
+    model = YoloWorld(replace(config_for(settings.model, settings.version), text_width=source.text_width))
     initialise_head(model, settings.texts, settings.size)
     return train(
         model,
@@ -75,21 +79,16 @@ def pretrain(
     )
 
 
-def open_source(settings: PretrainSettings) -> tuple[BatchSource, Vocabulary | None, int]:
-    """The batches, the vocabulary that the trained file will hold, and the width of the text embeddings. A `data.yaml` with one vocabulary
-    gives it to the file; with several there is none to choose, and the file goes without. The drawn task's follows from its seed."""
-    if settings.data == SHAPES:
-        task = ShapesTask(settings.seed, settings.size)
-        return ShapesBatches(task, settings.pictures, settings.batch, settings.texts, seed=settings.seed), None, task.vocabulary.width
-    config = read_data(Path(settings.data))
-    vocabularies = open_vocabularies(config)
-    source = DetectionBatches(
-        config,
+def open_source(settings: PretrainSettings) -> tuple[DetectionBatches | ShapesBatches, Vocabulary | None]:
+    """The batches that the settings ask for, and the vocabulary that the trained file will carry."""
+    return open_training(
+        settings.data,
+        size=settings.size,
         batch=settings.batch,
-        augmentation=Augmentation(size=settings.size, scale=0.5 if settings.model in SMALL else 0.9),
         texts=settings.texts,
         seed=settings.seed,
-        workers=settings.workers,
+        pictures=settings.pictures,
+        scale=0.5 if settings.model in SMALL else 0.9,
         mosaic_until=round(settings.steps * settings.accumulate * (1 - settings.without_mosaic)),
+        workers=settings.workers,
     )
-    return source, vocabularies[0] if len(vocabularies) == 1 else None, source.text_width

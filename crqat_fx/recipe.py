@@ -35,9 +35,11 @@ FLOAT = QuantRule("*")
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """Rules in order: the last match wins."""
+    """Rules in order: the last match wins. `share_scales`: one scale for all that a concat joins within a block, where the target can
+    (it is a copy then); None shares at 8 bits and not below, where a scale of one's own is worth more."""
 
     rules: tuple[QuantRule, ...]
+    share_scales: bool | None = None
 
     def rule_for(self, path: str) -> QuantRule:
         return next((rule for rule in reversed(self.rules) if fnmatchcase(path, rule.modules)), FLOAT)
@@ -54,9 +56,13 @@ class QuantRecipe:
 
     def save(self, path: str | Path) -> None:
         """Writes the recipe as YAML that `load` reads again."""
-        rules = [{key: value for key, value in _plain(rule).items() if key == "modules" or value} for rule in self.rules]
         with written(path) as temporary:
-            temporary.write_text(yaml.safe_dump({"rules": rules}, sort_keys=False, default_flow_style=None, width=140), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(self.as_plain(), sort_keys=False, default_flow_style=None, width=140), encoding="utf-8")
+
+    def as_plain(self) -> dict[str, Any]:
+        """The recipe as plain data, defaults left out."""
+        rules = [{key: value for key, value in _plain(rule).items() if key == "modules" or value} for rule in self.rules]
+        return {"rules": rules} if self.share_scales is None else {"rules": rules, "share_scales": self.share_scales}
 
     @classmethod
     def load(cls, path: str | Path) -> "QuantRecipe":
@@ -65,13 +71,20 @@ class QuantRecipe:
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise UserError(f"is no readable recipe ({reason})", where=path, remedy=f"give YAML, or one of {_names()}") from error
-        _check_keys(loaded, {"rules"}, "a recipe", path)
-        rules = loaded.get("rules")
+        return cls.from_plain(loaded, path)
+
+    @classmethod
+    def from_plain(cls, loaded: Any, where: object) -> "QuantRecipe":
+        """The recipe of plain data from outside; `where` it came from is for the message that refuses it."""
+        _check_keys(loaded, {"rules", "share_scales"}, "a recipe", where)
+        rules, share_scales = loaded.get("rules"), loaded.get("share_scales")
         if not isinstance(rules, list) or not rules:
             raise UserError(
-                "holds no list of `rules`", where=path, remedy="give at least one, such as `- {modules: '*', weight: {bits: 4}}`"
+                "holds no list of `rules`", where=where, remedy="give at least one, such as `- {modules: '*', weight: {bits: 4}}`"
             )
-        return cls(tuple(_rule(entry, number, path) for number, entry in enumerate(rules, 1)))
+        if share_scales is not None and not isinstance(share_scales, bool):
+            raise UserError(f"share_scales is {share_scales!r}", where=where, remedy="give true or false")
+        return cls(tuple(_rule(entry, number, where) for number, entry in enumerate(rules, 1)), share_scales)
 
 
 # --- presets ---
@@ -86,6 +99,7 @@ PRESETS: Mapping[str, tuple[int, int, int]] = {
     "2-2-8": (2, 2, 8),
     "8-8-8": (8, 8, 8),
 }
+DEFAULT_RECIPE = "4-8-8-int"  # without kernels for 4 bits, 4-bit activations cost accuracy and give nothing back; 4-4-8 is the paper's
 EDGES = ("*.stem.*", "*.cls_preds.*.2", "*.reg_preds.*.2", "*.cls_contrasts.*")  # the first layer, the last ones, and the matching
 GUIDES = ("*.attn_block.max_similarity", "*.attn_block.gate")
 POOLING = ("*.text_enhancer.match", "*.text_enhancer.mix")  # v1 alone has it
@@ -126,34 +140,79 @@ def recipe_named(text: str) -> QuantRecipe:
 
 @dataclass(frozen=True)
 class Target:
-    """Where quantizers stand, by the class of a module or the name of a function: on which operands, or on the output."""
+    """Where quantizers stand: everything a target decides, by the class of a module or the name of a function.
+
+    From this table come torch.ao's BackendConfig (`fused`, `weights`, `operands`) and what the passes place.
+    """
 
     name: str
-    operands: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    outputs: frozenset[str] = frozenset()
+    fused: tuple[tuple[str, str], ...] = ()  # modules that become one, in the order of the data
+    weights: frozenset[str] = frozenset()  # modules whose weight is quantized
+    weight_bits: int = 8  # the most that a weight has, and whatever else takes a weight's place
+    operands: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # what is quantized before it is read, for this reader
+    signed: Mapping[str, int | None] = dataclasses.field(
+        default_factory=dict
+    )  # whose `operands` take a weight's place: symmetric, this axis
+    reads: Mapping[str, int | None] = dataclasses.field(default_factory=dict)  # readers of codes: of so many bits, None for the recipe's
+    outputs: Mapping[str, int | None] = dataclasses.field(default_factory=dict)  # producers of codes: None for the widest that is read
+    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)  # outputs whose scale is known, from 0 up
+    carries: frozenset[str] = frozenset()  # what hands on the codes it reads, perhaps at another scale
+    per_head: frozenset[str] = frozenset()  # where a scale a head is asked for and one a tensor given: there is no kernel for it
+    shared: frozenset[str] = frozenset()  # what is a copy where its inputs and its output have one scale
 
 
 PRODUCTS = ("MatMul", "Match", "max_similarity")  # of two activations
+WIDEST = 8
 TARGETS: Mapping[str, Target] = {
     # every tensor that an integer kernel of onnxruntime produces
     "ort": Target(
         "ort",
-        outputs=frozenset(
-            ("Conv2d", "SiLU", "Add", "Concat", "MaxPool2d", "AdaptiveMaxPool2d", "Linear", *PRODUCTS, "Multiply", "sigmoid")
+        fused=(("Conv2d", "BatchNorm2d"),),
+        weights=frozenset(("Conv2d", "Linear")),
+        weight_bits=7,  # two products of 8 bits by 8 overflow the 16 that processors without VNNI add them in
+        operands={"max_similarity": (0,), "Match": (0,)},  # the text: the weights of a convolution where it is constant
+        signed={"max_similarity": HEAD_AXIS, "Match": None},
+        reads={
+            **dict.fromkeys(("Conv2d", "Linear", "Add", "Concat", *PRODUCTS)),
+            **dict.fromkeys(("sigmoid", "SiLU", "Multiply", "softmax"), WIDEST),
+        },
+        outputs={
+            **dict.fromkeys(("Conv2d", "Linear"), WIDEST),
+            **dict.fromkeys(("SiLU", "Add", "Concat", "Multiply", "MatMul", "Match", "sigmoid", "softmax")),
+        },
+        fixed={"sigmoid": 1 / 255},
+        carries=frozenset(
+            (
+                *("split", "getitem", "flatten", "unflatten", "transpose", "permute", "view_as", "unsqueeze"),
+                *("MaxPool2d", "AdaptiveMaxPool2d", "Upsample", "ReLU"),
+                *("mul", "normalize"),  # by a number; the norm of a region, which is divided by after the product
+            )
         ),
+        per_head=frozenset((*PRODUCTS, "Multiply")),
+        shared=frozenset(("Concat",)),
     ),
     # what the published figures count, and what OpenVINO runs best; of the gate, only what weighs
     "conv-inputs": Target(
         "conv-inputs",
+        fused=(("Conv2d", "BatchNorm2d"),),
+        weights=frozenset(("Conv2d", "Linear")),
         operands={"Conv2d": (0,), "Linear": (0,), **dict.fromkeys(PRODUCTS, (0, 1)), "Multiply": (1,)},
     ),
 }
+DEFAULT_TARGET = "ort"
+CPUS = ("any", "vnni")
 
 
-def target_named(name: str) -> Target:
+def target_named(name: str, cpu: str = "any") -> Target:
+    """A target, for processors of any kind or for those that multiply 8 bits by 8 without overflow."""
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}", where="--target", remedy=f"choose one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+    if cpu not in CPUS:
+        raise UserError(f"unknown processor {cpu!r}", where="--cpu", remedy=f"choose one of {', '.join(CPUS)}")
+    target = TARGETS[name]
+    return target if cpu == "any" else dataclasses.replace(target, weight_bits=WIDEST)
 
 
 # --- YAML ---
@@ -180,7 +239,7 @@ def _check_keys(value: Any, known: set[str], what: str, where: object) -> None:
         raise UserError(f"{what} has an unknown key {unknown[0]!r}", where=where, remedy=f"known are {', '.join(sorted(known))}")
 
 
-def _rule(entry: Any, number: int, path: str | Path) -> QuantRule:
+def _rule(entry: Any, number: int, path: object) -> QuantRule:
     what = f"rule {number}"
     _check_keys(entry, {field.name for field in dataclasses.fields(QuantRule)}, what, path)
     modules, optional = entry.get("modules"), entry.get("optional", False)
@@ -192,7 +251,7 @@ def _rule(entry: Any, number: int, path: str | Path) -> QuantRule:
     return QuantRule(modules, weight, activation, optional)
 
 
-def _spec(entry: Any, what: str, path: str | Path) -> QuantSpec | None:
+def _spec(entry: Any, what: str, path: object) -> QuantSpec | None:
     if entry is None:
         return None
     _check_keys(entry, {field.name for field in dataclasses.fields(QuantSpec)}, what, path)

@@ -20,7 +20,9 @@ class RunLog:
         if path.exists():
             _drop_lines_after(path, step)
         self._lines = path.open("a", encoding="utf-8", newline="\n")
-        self._scalars = SummaryWriter(logdir=str(folder / TENSORBOARD), purge_step=step + 1)
+        # the writer names its file by the second and empties one of that name: the step tells a quick resume's file from the first
+        suffix = f".{step:012d}"
+        self._scalars = SummaryWriter(logdir=str(folder / TENSORBOARD), purge_step=step + 1, filename_suffix=suffix)
 
     def __enter__(self) -> "RunLog":
         return self

@@ -27,16 +27,21 @@ class Resolved(Generic[S]):
     values: S
     origins: Mapping[str, str]
 
-    def write(self, path: Path) -> None:
-        """Writes the settings as YAML that `--config` reads again, with each value's origin as a comment."""
+    def write(self, path: Path, command: str = "") -> None:
+        """Writes the settings as YAML that `--config` reads again, each value's origin behind it, what was run (`command`) above."""
         assert dataclasses.is_dataclass(self.values)
         assert not isinstance(self.values, type)
-        lines = []
+        lines = [f"# {line}" for line in command.splitlines()]
         for name, value in dataclasses.asdict(self.values).items():
             text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
             lines.append(f"{name}: {text}  # {self.origins[name]}")
         with written(path) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """Each setting with its value and where that came from."""
+        values = dataclasses.asdict(typing.cast(Any, self.values))
+        return {name: {"value": _plain(value), "from": self.origins[name]} for name, value in values.items()}
 
 
 def resolve(
@@ -67,7 +72,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"is no readable YAML ({reason})", where=path, remedy="give a file of `name: value` lines") from error
     if loaded is None:

@@ -12,6 +12,7 @@ alone, so that the step's number is the position in the data.
 import dataclasses
 import itertools
 import logging
+import math
 import pickle
 import signal
 import threading
@@ -34,6 +35,7 @@ from crqat_fx.errors import UserError
 from crqat_fx.files import written
 from crqat_fx.losses import Losses, detection_loss
 from crqat_fx.models.yolo_world import YoloWorld
+from crqat_fx.progress import Progress
 from crqat_fx.runlog import LOG, RunLog
 from crqat_fx.settings import Resolved
 from crqat_fx.vocabulary import Vocabulary
@@ -41,22 +43,35 @@ from crqat_fx.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 SETTINGS, LAST, MODEL = "settings.yaml", "last.pt", "model.pt"
-STATE_FORMAT = "crqat-fx training state 1"
+REMEDY = f"start again with a lower rate or in fp32; {LAST} holds the last good state"  # where numbers are not finite
+STATE_FORMAT = "crqat-fx training state 2"
 NOMINAL_BATCH = 64  # of which the published weight decay is meant
+WARMUP_SHARE = 0.03  # of the steps: the published 3 of 100 epochs
 UNDECAYED = ("bias", "logit_scale")
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
-Progress = Callable[[int, int, str], None]
-
 
 class BatchSource(Protocol):
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same batches, another for others: a run is resumed with its own data alone."""
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """What could not be used so far, counted by kind."""
+
+    @property
+    def repaired(self) -> Mapping[str, int]:
+        """What had to be mended, counted by kind."""
+
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Endless; the batch of a step is a function of the source's seed and the step alone."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The defaults are the published recipe, with its 100 epochs and 3 of warm-up as steps."""
+    """The defaults are the published recipe but for its length: that is 100 epochs, `100 * pictures / (batch * accumulate)` steps. Of
+    those its 3 epochs of warm-up are a share."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("device", "threads", "log_every", "save_every")  # on resuming
 
@@ -66,7 +81,7 @@ class TrainSettings:
     rate: float = 2e-3
     weight_decay: float = 0.025  # for 64 pictures a step; scaled to this run's
     schedule: Literal["linear", "constant"] = "linear"
-    warmup: int = 3_000  # steps until the full rate
+    warmup: int | None = None  # steps until the full rate; None takes `WARMUP_SHARE` of all
     final_rate: float = 0.01  # share of the rate at the last step of the linear schedule
     clip: float = 10.0  # largest norm of all gradients together
     ema_momentum: float = 1e-4
@@ -79,16 +94,27 @@ class TrainSettings:
     half: bool = False  # model.pt in 16 bits
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name} is {value}", remedy="give a finite number")
         for name in ("batch", "accumulate", "log_every", "save_every", "clip", "rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number above 0")
-        for name in ("steps", "warmup", "weight_decay", "final_rate", "ema_horizon"):
+        for name in ("steps", "weight_decay", "final_rate", "ema_horizon"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
+        if not 0 <= self.warmup_steps <= self.steps:
+            remedy = f"give 0 to {self.steps}, or leave it out for {WARMUP_SHARE:.0%} of the steps"
+            raise UserError(f"warmup is {self.warmup}, of {self.steps} steps in all", remedy=remedy)
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}", remedy="give a number above 0")
         if not 0 < self.ema_momentum <= 1:
             raise UserError(f"ema_momentum is {self.ema_momentum}", remedy="give a number above 0, at most 1")
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(WARMUP_SHARE * self.steps) if self.warmup is None else self.warmup
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,8 @@ class TrainResult:
     interrupted: bool
     seconds: float  # of this call
     losses: Mapping[str, float]  # as last logged; empty where nothing was
+    skipped: Mapping[str, int]  # of the data: what could not be used
+    repaired: Mapping[str, int]  # of the data: what had to be mended
 
 
 class NonFiniteError(UserError):
@@ -117,7 +145,7 @@ def losses_of(model: nn.Module, batch: Batch) -> Losses:
 
 def rate_at(settings: TrainSettings, step: int) -> float:
     """The learning rate of step `step`, counted from 0."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     if settings.schedule == "constant":
         return settings.rate * warm
     done = step / max(settings.steps - 1, 1)
@@ -140,13 +168,14 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
 class TrainingState:
     """Everything a run needs to go on as if it had never stopped. The model's own tensors are part of it, not a copy.
 
-    Of the random generators torch's are kept: the package draws from no other that is global.
+    Of the random generators torch's are kept: the package draws from no other that is global. `data` is the batches' fingerprint.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, settings: TrainSettings, device: torch.device, data: str) -> None:
         self.model = model
         self.settings = settings
         self.device = device
+        self.data = data
         self.step = 0  # done
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.rate, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -156,9 +185,16 @@ class TrainingState:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def save(self, path: Path) -> None:
+        """Replaces what stands at `path`, unless a weight or an average is not finite: then what stands there stays."""
+        for kind, tensors in (("tensor", self.model.state_dict()), ("average of", self.average.state())):
+            wrong = _first_nonfinite_name(tensors)
+            if wrong is not None:
+                remedy = REMEDY if path.exists() else "give a model whose weights are finite"
+                raise NonFiniteError(f"the {kind} {wrong} is not finite", where=f"step {self.step}", remedy=remedy)
         saved = {
             "format": STATE_FORMAT,
             "settings": dataclasses.asdict(self.settings),
+            "data": self.data,
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average.state(),
@@ -173,18 +209,37 @@ class TrainingState:
 
     def load(self, path: Path) -> None:
         saved = _read_state(path)
+        _refuse_other_settings(saved["settings"], self.settings, path)
+        if saved["step"] > self.settings.steps:
+            raise _damaged(path, f"it is at step {saved['step']} of {self.settings.steps}")
+        if saved["data"] != self.data:
+            raise UserError(
+                f"was trained on other data (fingerprint {saved['data']}, not {self.data})",
+                where=path,
+                remedy="resume with the run's own data, as it was",
+            )
+        _refuse_other_model(saved, self.model.state_dict(), path)
+        self.model.load_state_dict(saved["model"])
+        self.average.load(saved["average"], saved["average_updates"])
+        self._load_optimizer(saved["optimizer"], path)
         try:
-            _refuse_other_settings(saved["settings"], self.settings, path)
-            self.model.load_state_dict(saved["model"])
-            self.average.load(saved["average"], saved["average_updates"])
-            self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.step = int(saved["step"])
             torch.set_rng_state(saved["random"])
             if self.device.type == "cuda" and saved["cuda_random"]:
                 torch.cuda.set_rng_state_all(saved["cuda_random"])
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise _damaged(path, "its gradient scale or random state is not what training writes") from error
+        self.step = saved["step"]
+
+    def _load_optimizer(self, saved: dict[str, Any], path: Path) -> None:
+        try:
+            self.optimizer.load_state_dict(saved)
+            moments = [(value, parameter) for parameter, state in self.optimizer.state.items() for value in state.values()]
+            fits = all(value.ndim == 0 or value.shape == parameter.shape for value, parameter in moments)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError("belongs to another model", where=path, remedy="resume with the model it was started with") from error
+            raise _other_optimizer(path) from error
+        if not fits:
+            raise _other_optimizer(path)
 
 
 def take_step(state: TrainingState, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -266,14 +321,15 @@ def train(
     device = usable_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    state = TrainingState(model.to(device=device, memory_format=torch.channels_last), settings, device)  # type: ignore[call-overload]
+    state = TrainingState(model.to(device=device, memory_format=torch.channels_last), settings, device, source.fingerprint)  # type: ignore[call-overload]
     state.model.train()
     if resume:
         state.load(out / LAST)
     else:
+        state.save(out / LAST)  # first of all: from it alone a run can go on
+    if not (out / SETTINGS).exists():
         given = {field.name: "given" for field in dataclasses.fields(settings)}
         Resolved(settings, origins or given).write(out / SETTINGS)
-        state.save(out / LAST)
 
     def save() -> None:
         state.save(out / LAST)
@@ -308,7 +364,22 @@ def train(
     stopped = state.step < settings.steps
     if stopped:
         logger.warning("%s: stopped at step %d of %d; resume to go on", out, state.step, settings.steps)
-    return TrainResult(out, out / MODEL, state.step, stopped, time.perf_counter() - started, logged)
+    return TrainResult(
+        folder=out,
+        model=out / MODEL,
+        steps=state.step,
+        interrupted=stopped,
+        seconds=time.perf_counter() - started,
+        losses=logged,
+        skipped=dict(source.skipped),
+        repaired=dict(source.repaired),
+    )
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """The settings of the run in the folder `out`, by name, as its state holds them."""
+    _refuse_wrong_folder(out, resume=True)
+    return dict(_read_state(out / LAST)["settings"])
 
 
 def _next_batches(stream: Iterator[Batch], state: TrainingState, interruption: "_Interruption") -> list[Batch] | None:
@@ -387,24 +458,31 @@ def _stop_at_nonfinite(state: TrainingState, batches: Sequence[Batch], terms: Ma
     raise NonFiniteError(
         f"{what}; the first such tensor is {_first_nonfinite(state, batches)}",
         where=f"step {state.step + 1}",
-        remedy=f"start again with a lower rate or in fp32; {LAST} holds the last good state",
+        remedy=REMEDY,
     )
 
 
 @torch.no_grad()
 def _first_nonfinite(state: TrainingState, batches: Sequence[Batch]) -> str:
     """The name of the first tensor that is not finite, in the order in which a step computes them."""
-    for name, parameter in state.model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"the parameter {name}"
+    wrong = _first_nonfinite_name(dict(state.model.named_parameters()))
+    if wrong is not None:
+        return f"the parameter {wrong}"
     for batch in batches:
         found = _nonfinite_activation(state, batch)
         if found is not None:
             return found
-    for name, parameter in reversed(list(state.model.named_parameters())):
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            return f"the gradient of {name}"
-    return "the loss itself"
+    backwards = reversed(list(state.model.named_parameters()))
+    wrong = _first_nonfinite_name({name: parameter.grad for name, parameter in backwards if parameter.grad is not None})
+    return "the loss itself" if wrong is None else f"the gradient of {wrong}"
+
+
+def _first_nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which of the tensors is the first that is not finite; asks the device once."""
+    if not tensors:
+        return None
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+    return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
 def _nonfinite_activation(state: TrainingState, batch: Batch) -> str | None:
@@ -432,9 +510,10 @@ def _nonfinite_activation(state: TrainingState, batch: Batch) -> str | None:
 def _refuse_wrong_folder(out: Path, resume: bool) -> None:
     if resume and not (out / LAST).is_file():
         raise UserError(f"holds no {LAST} to resume from", where=out, remedy="name a run's folder, or leave out --resume")
-    held = next((name for name in (SETTINGS, LOG, LAST, MODEL) if (out / name).exists()), None)
+    held = next((name for name in (LAST, SETTINGS, LOG, MODEL) if (out / name).exists()), None)
     if not resume and held is not None:
-        raise UserError(f"holds a run already ({held})", where=out, remedy="give --resume to go on with it, or name another folder")
+        resumed = "give --resume to go on with it, or " if held == LAST else ""  # only a state can be gone on with
+        raise UserError(f"holds a run already ({held})", where=out, remedy=f"{resumed}name another folder")
 
 
 def _refuse_other_settings(saved: Mapping[str, Any], settings: TrainSettings, path: Path) -> None:
@@ -445,12 +524,67 @@ def _refuse_other_settings(saved: Mapping[str, Any], settings: TrainSettings, pa
             )
 
 
+def _refuse_other_model(saved: Mapping[str, Any], present: Mapping[str, Tensor], path: Path) -> None:
+    for part in ("model", "average"):
+        tensors = saved[part]
+        name = next((name for name in (*present, *tensors) if name not in tensors or name not in present), None)
+        name = name or next((name for name in present if tensors[name].shape != present[name].shape), None)
+        if name is not None:
+            raise UserError(f"belongs to another model ({name} differs)", where=path, remedy="resume with the model it was started with")
+
+
+_OF_DAMAGED_BYTES = (ValueError, LookupError, TypeError, AttributeError, AssertionError)  # what an unpickler may trip over
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     remedy = f"give a folder whose {LAST} training wrote"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (EOFError, RuntimeError, OSError, pickle.UnpicklingError, *_OF_DAMAGED_BYTES) as error:
         raise UserError("cannot be read as a training state", where=path, remedy=remedy) from error
     if not isinstance(saved, dict) or saved.get("format") != STATE_FORMAT:
         raise UserError("is no training state of this version", where=path, remedy=remedy)
+    for name, sound in _PARTS.items():
+        if name not in saved:
+            raise _damaged(path, f"it has no {name}")
+        if not sound(saved[name]):
+            raise _damaged(path, f"its {name} is not what training writes")
     return saved
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_tensors(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, Tensor) for one in value.values())
+
+
+_PARTS: Mapping[str, Callable[[Any], bool]] = {  # of a state, and what tells a sound one
+    "settings": _is_dict,
+    "data": lambda value: isinstance(value, str),
+    "step": _is_count,
+    "model": _are_tensors,
+    "average": _are_tensors,
+    "average_updates": _is_count,
+    "optimizer": _is_dict,
+    "scaler": lambda value: isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values()),
+    "random": lambda value: isinstance(value, Tensor),
+    "cuda_random": lambda value: isinstance(value, list) and all(isinstance(one, Tensor) for one in value),
+}
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"is damaged: {how}", where=path, remedy="start again, or put back a copy that is whole")
+
+
+def _other_optimizer(path: Path) -> UserError:
+    return UserError(
+        "is damaged, or of a model with other parts frozen: its optimizer does not fit",
+        where=path,
+        remedy="resume with the model it was started with, frozen alike",
+    )

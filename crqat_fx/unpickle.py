@@ -28,6 +28,8 @@ from crqat_fx.errors import UserError
 AGAIN = "get it again from where it was published"
 MAX_INSTRUCTIONS = 2_000_000  # a training file of the largest model, optimizer and averages included, has about 200,000
 MAX_DIMENSIONS = 16
+MAX_KEY = 4096  # characters of a key, or of a global's name: comparing them is not free
+HASHED_APART = 2**60  # numbers below it do not collide in a dict; beyond it, any number of them can be made to
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,9 @@ def _tensor(arguments: tuple[object, ...]) -> object:
         size = size.arguments[0]
     if not isinstance(storage, Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise _MalformedError("a tensor without storage, size or stride")
-    numbers = tuple(_count(number) for number in (offset, *size, *stride))
     if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise _MalformedError("a tensor whose size and stride make no shape")
+    numbers = tuple(_count(number) for number in (offset, *size, *stride))
     return StoredTensor(storage, numbers[0], numbers[1 : 1 + len(size)], numbers[1 + len(size) :])
 
 
@@ -197,7 +199,11 @@ def _count(value: object) -> int:
 
 
 def _key(value: object) -> object:
-    """A key that hashes in no time: a hash of nested tuples may run out of stack."""
+    """A key that is hashed and compared in no time: nested tuples may run out of stack, and keys of one hash take quadratic time."""
+    if isinstance(value, int | float) and not -HASHED_APART < value < HASHED_APART:
+        raise _MalformedError("a key beyond all counting")
+    if isinstance(value, str | bytes) and len(value) > MAX_KEY:
+        raise _MalformedError(f"a key of more than {MAX_KEY:,} characters")
     if value is None or isinstance(value, str | int | float | bytes | Name | Inert):
         return value
     raise _MalformedError(f"a {type(value).__name__} as a key")
@@ -223,6 +229,7 @@ class _Interpreter:
         self.stack: list[object] = []
         self.below: list[list[object]] = []
         self.memo: dict[int, object] = {}
+        self.copied = 0  # items of lists that sets were made from: one list may be named again and again
 
     def run(self, pickle: bytes) -> object:
         for index, (opcode, argument, _) in enumerate(pickletools.genops(BytesIO(pickle))):
@@ -337,6 +344,8 @@ class _Interpreter:
     def mention(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise _MalformedError("a global whose name is no text")
+        if len(module) + len(name) > MAX_KEY:
+            raise _MalformedError(f"a global whose name has more than {MAX_KEY:,} characters")
         mentioned = Name(module, name)
         if not _admitted(mentioned):
             raise _RefusedError(str(mentioned))
@@ -348,6 +357,10 @@ class _Interpreter:
         if kind in _DTYPES:
             raise _MalformedError("a storage made by a call")
         builder = _BUILDERS.get(kind)
+        if builder is _set and arguments and isinstance(arguments[0], list):
+            self.copied += len(arguments[0])
+            if self.copied > MAX_INSTRUCTIONS:
+                raise _MalformedError(f"sets of more than {MAX_INSTRUCTIONS:,} items")
         self.push(Inert(kind, arguments) if builder is None else builder(arguments))
 
 

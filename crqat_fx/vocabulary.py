@@ -84,10 +84,10 @@ class Vocabulary:
     def load(cls, path: str | Path) -> "Vocabulary":
         """Reads a `.npz` that nobody vouches for: nothing in it is executed, nothing is unpacked before its size is known to be sound."""
         source = Path(path)
-        if not source.is_file():
-            what = "is a folder, not a vocabulary" if source.is_dir() else "no such file"
-            raise UserError(what, where=source, remedy="name a vocabulary's .npz file")
         try:
+            if not source.is_file():
+                what = "is a folder, not a vocabulary" if source.is_dir() else "no such file"
+                raise UserError(what, where=source, remedy="name a vocabulary's .npz file")
             if not zipfile.is_zipfile(source):
                 raise UserError("is no vocabulary: not an .npz file", where=source, remedy=REMAKE)
             with zipfile.ZipFile(source) as archive:
@@ -215,11 +215,10 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     all of its synonyms, joined by `/`: the published LVIS texts hold two times `bow`.
     """
     source = Path(path)
-    if not source.is_file():
-        raise UserError(
-            "is a folder, not a names file" if source.is_dir() else "no such file", where=source, remedy="name a .txt or .json file"
-        )
     try:
+        if not source.is_file():
+            what = "is a folder, not a names file" if source.is_dir() else "no such file"
+            raise UserError(what, where=source, remedy="name a .txt or .json file")
         if source.stat().st_size > NAMES_BYTES:
             raise UserError(f"is larger than {NAMES_BYTES >> 20} MiB", where=source, remedy="give a file of names")
         text = source.read_text(encoding="utf-8-sig")

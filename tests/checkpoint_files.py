@@ -45,9 +45,17 @@ def embeddings(names: tuple[str, ...] = NAMES, width: int = 512) -> Tensor:
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
-def names_of_s(version: int) -> dict[str, tuple[str | None, list[int]]]:
-    """ultralytics' names of S, as its own code gave them: key -> official key, shape. Pico is as deep, so its names are the same."""
-    return json.loads((DATA / f"ultralytics_names_v{version}_s.json").read_text())
+def ultralytics_names(size: str, version: int) -> dict[str, tuple[str | None, list[int]]]:
+    """ultralytics' names, as its own code gave them: key -> official key, shape. Pico is as deep as S, so its names are those of S.
+
+    The file holds what they have in common once: module -> official module, {entry: shape}.
+    """
+    modules = json.loads((DATA / f"ultralytics_names_v{version}_{size}.json").read_text())
+    return {
+        ".".join(filter(None, (module, entry))): (official_module and ".".join(filter(None, (official_module, entry))), shape)
+        for module, (official_module, entries) in modules.items()
+        for entry, shape in entries.items()
+    }
 
 
 def official(path: Path, state: Mapping[str, object], **more: object) -> Path:
@@ -197,7 +205,7 @@ def _class_name(tree: Mapping[str, Any], where: str) -> str:
 def _world_model(state: Mapping[str, Tensor], classes: Mapping[str, Any], version: int) -> Any:
     """A model of ultralytics as its training leaves it, before it is halved: weights of the official layout under its names."""
     flat: dict[str, Tensor] = {}
-    for key, (official_key, shape) in names_of_s(version).items():
+    for key, (official_key, shape) in ultralytics_names("s", version).items():
         value = torch.arange(16.0).view(1, 16, 1, 1) if official_key is None else state[official_key]
         flat[key] = value.reshape(1) if shape == [1] else value
     model: Any = _module(_tree(flat), classes)
@@ -253,6 +261,8 @@ def _write_sound(folder: Path, classes: Mapping[str, Any]) -> None:
     renamed = model()
     renamed.names = list(NAMES[:-1])
     torch.save({"model": renamed}, folder / "ultralytics-fewer-names.pt")
+    for file, size in (("square", [320, 320]), ("oblong", (320, 640))):
+        torch.save({"model": model(), "train_args": {"imgsz": size}}, folder / f"ultralytics-{file}.pt")
 
     _write_official_training(folder, classes)
 

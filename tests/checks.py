@@ -3,6 +3,7 @@
 import difflib
 import os
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,15 +29,16 @@ def check_pass(
 ) -> GraphModule:
     """Holds a pass to everything it promises, and returns the rewritten graph.
 
-    The text before and after (`after` not given: left as it was), the exact count of rewrites, the outputs (rtol 0, `atol` as stated) with
-    parameters and statistics drawn at random, the code compiled from the graph, a valid graph, and a second run that finds nothing.
+    The text before and after (`after` not given: left as it was), the exact count of rewrites, the outputs with parameters and statistics
+    drawn at random (how they are nested, their types and shapes, and their numbers: rtol 0, `atol` as stated), the code compiled from the
+    graph, a valid graph, and a second run that finds nothing.
     `model` is traced with torch.fx in evaluation mode unless it is a graph already.
     """
     graph = model if isinstance(model, GraphModule) else symbolic_trace(model.eval())
     randomise(graph)
     _same_text("before", before, format_graph(graph))
     expected = _outputs(graph, inputs)
-    for number, output in enumerate(expected):
+    for number, output in enumerate(expected.tensors):
         if not bool(torch.isfinite(output).all()) or output.numel() < 2 or float(output.double().std()) == 0:
             raise AssertionError(f"output {number} of the graph before is constant or not finite: nothing could be told from it")
 
@@ -60,16 +62,20 @@ def check_pass(
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Parameters and norm statistics as training leaves them: with fresh ones a norm does nothing, and could be deleted unseen."""
+    """Parameters and norm statistics as training leaves them: with fresh ones a norm does nothing, and could be deleted unseen.
+
+    Drawn is every norm's statistics, and every floating parameter that is still 0 or 1 all over: what a test chose stays.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
-                module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
-                module.running_var.copy_(torch.rand(module.num_features, generator=generator) * 2 + 0.1)
-                if module.affine and bool((module.weight == 1).all()):  # a weight that a test chose stays
-                    module.weight.copy_(torch.randn(module.num_features, generator=generator))
-                    module.bias.copy_(torch.randn(module.num_features, generator=generator))
+            mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+            if isinstance(mean, Tensor) and isinstance(variance, Tensor):
+                mean.copy_(torch.randn(mean.shape, generator=generator))
+                variance.copy_(torch.rand(variance.shape, generator=generator) * 2 + 0.1)
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and (bool((parameter == 1).all()) or bool((parameter == 0).all())):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def check_golden(name: str, text: str) -> None:
@@ -85,9 +91,18 @@ def check_golden(name: str, text: str) -> None:
     _same_text(name, path.read_text(encoding="utf-8"), text)
 
 
-def _outputs(graph: GraphModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+@dataclass(frozen=True)
+class Outputs:
+    """What a graph returned: its tensors, and how they are nested."""
+
+    tensors: tuple[Tensor, ...]
+    form: pytree.TreeSpec
+
+
+def _outputs(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Outputs:
     with torch.no_grad():
-        return [output.clone() for output in pytree.tree_leaves(graph(*inputs))]
+        tensors, form = pytree.tree_flatten(graph(*inputs))
+    return Outputs(tuple(tensor.clone() for tensor in tensors), form)
 
 
 def _same_text(what: str, expected: str, got: str) -> None:
@@ -98,12 +113,16 @@ def _same_text(what: str, expected: str, got: str) -> None:
         raise AssertionError(f"the graph {what} differs:\n{difference}")
 
 
-def _same_outputs(when: str, expected: list[Tensor], got: list[Tensor], atol: float) -> None:
-    if len(expected) != len(got):
-        raise AssertionError(f"{len(got)} outputs {when}, {len(expected)} before")
-    for number, (wanted, given) in enumerate(zip(expected, got, strict=True)):
+def _same_outputs(when: str, expected: Outputs, got: Outputs, atol: float) -> None:
+    if len(expected.tensors) != len(got.tensors):
+        raise AssertionError(f"{len(got.tensors)} outputs {when}, {len(expected.tensors)} before")
+    if expected.form != got.form:
+        raise AssertionError(f"the outputs {when} are nested otherwise than before")
+    for number, (wanted, given) in enumerate(zip(expected.tensors, got.tensors, strict=True)):
         if wanted.shape != given.shape:
             raise AssertionError(f"output {number} {when} has the shape {tuple(given.shape)}, before {tuple(wanted.shape)}")
+        if wanted.dtype != given.dtype:
+            raise AssertionError(f"output {number} {when} is {given.dtype}, before {wanted.dtype}")
         if not bool(torch.isfinite(given).all()):
             raise AssertionError(f"output {number} {when} is not finite")
         error = float((wanted - given).abs().max())

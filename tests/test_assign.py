@@ -55,6 +55,10 @@ def literal_assign(scores: torch.Tensor, boxes: torch.Tensor, points: torch.Tens
     return results
 
 
+def test_the_constants_are_the_published_ones() -> None:
+    assert (TOP, ALPHA, BETA) == (10, 0.5, 6.0)
+
+
 def test_ciou_of_hand_computed_pairs() -> None:
     first = torch.tensor([[0.0, 0, 4, 4], [0, 0, 2, 2], [0, 0, 4, 4], [0, 0, 2, 2]])
     second = torch.tensor([[0.0, 0, 4, 4], [2, 2, 4, 4], [0, 0, 4, 2], [10, 0, 12, 2]])

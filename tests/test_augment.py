@@ -1,6 +1,6 @@
 """Augmentation: wherever a rectangle's pixels go, its box goes too."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import cv2
 import numpy as np
@@ -49,6 +49,11 @@ def assert_boxes_match_pixels(result: Boxed) -> None:
         rows, columns = np.nonzero(colours == label)
         # What has no box is out of sight, or too thin a strip of it is left.
         assert not len(rows) or min(np.ptp(rows), np.ptp(columns)) + 1 <= SEEN.side + 1
+
+
+def test_the_defaults_are_the_published_ones():
+    published = {"scale": 0.5, "translate": 0.1, "flip": 0.5, "hue": 0.015, "saturation": 0.7, "value": 0.4, "side": 2, "area": 32}
+    assert asdict(Augmentation()) == {"size": 640, "visible": 0.1, "aspect": 100} | published
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -113,6 +118,24 @@ def test_a_mosaic_is_what_a_canvas_pasted_and_warped_once_gives() -> None:
     half = SIZE // 2
     result = mosaic(made, STILL, WholePixels())  # type: ignore[arg-type]
     assert (result.image == canvas[half : half + SIZE, half : half + SIZE]).all()
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_picture_longer_than_opencv_warps_is_placed_as_any_other(upright: bool) -> None:
+    image = np.full((200, 33_000, 3), GREY, np.uint8)
+    image[20:180, 8_000:20_000] = COLOURS[0]
+    box = (8_000, 20, 20_000, 180)
+    if upright:
+        image, box = image.transpose(1, 0, 2), (20, 8_000, 180, 20_000)
+    long = Boxed(image, np.array([box], np.float32), np.array([0]))
+    ground = Boxed(np.full((64, 64, 3), GREY, np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    settings = replace(SEEN, size=1280)
+    met = 0
+    for seed in range(6):
+        result = mosaic([long, ground, ground, ground], settings, np.random.default_rng(seed))
+        assert_boxes_match_pixels(result)
+        met += len(result.boxes)
+    assert met >= 3
 
 
 def test_what_no_picture_covers_is_grey_114() -> None:

@@ -89,6 +89,97 @@ class GivesNaN(FxPass):
         return 0
 
 
+class AddsBehindTheOutput(FxPass):
+    """Puts a node between the norm and the graph's end by a method of its result; not found on a second run."""
+
+    name = "adds-behind-the-output"
+    method, arguments = "", ()
+
+    def rewrite(self, graph: GraphModule) -> int:
+        output = graph.graph.output_node()
+        (value,) = output.args
+        if value.target == self.method:
+            return 0
+        with graph.graph.inserting_before(output):
+            output.args = (graph.graph.call_method(self.method, (value, *self.arguments)),)
+        return 1
+
+
+class ChangesTheShape(AddsBehindTheOutput):
+    name = "changes-the-shape"
+    method, arguments = "flatten", (2,)
+
+
+class ChangesTheType(AddsBehindTheOutput):
+    name = "changes-the-type"
+    method = "double"
+
+
+class ReturnsATuple(FxPass):
+    name = "returns-a-tuple"
+
+    def rewrite(self, graph: GraphModule) -> int:
+        output = graph.graph.output_node()
+        if isinstance(output.args[0], tuple):
+            return 0
+        output.args = ((output.args[0],),)
+        return 1
+
+
+class ReturnsItTwice(ReturnsATuple):
+    name = "returns-it-twice"
+
+    def rewrite(self, graph: GraphModule) -> int:
+        output = graph.graph.output_node()
+        if isinstance(output.args[0], tuple):
+            return 0
+        output.args = ((output.args[0], output.args[0]),)
+        return 1
+
+
+class LeavesAnInvalidGraph(FxPass):
+    """A norm that stands behind what reads it, and a validation that does not look."""
+
+    name = "leaves-an-invalid-graph"
+
+    def rewrite(self, graph: GraphModule) -> int:
+        convolution, norm = graph.graph.find_nodes(op="call_module")
+        norm.append(convolution)
+        return 1
+
+    def validate(self, graph: GraphModule) -> None:
+        graph.recompile()
+
+
+class ForgetsParameters(FxPass):
+    """Sets a parameter of the norm to where it starts, as a fold does that forgets it."""
+
+    name = "forgets-parameters"
+
+    def __init__(self, parameter: str, start: float) -> None:
+        self.parameter, self.start = parameter, start
+
+    def rewrite(self, graph: GraphModule) -> int:
+        with torch.no_grad():
+            graph.get_submodule("bn").state_dict()[self.parameter].fill_(self.start)
+        return 0
+
+
+class UndoesTheTextOnTheSecondRun(FxPass):
+    """Counts nothing and computes the same; only the text tells."""
+
+    name = "undoes-the-text-on-the-second-run"
+    runs = 0
+
+    def rewrite(self, graph: GraphModule) -> int:
+        self.runs += 1
+        if self.runs > 1:
+            output = graph.graph.output_node()
+            with graph.graph.inserting_before(output):
+                output.args = (graph.graph.call_method("contiguous", (output.args[0],)),)
+        return 0
+
+
 class Copies(FxPass):
     name = "copies"
 
@@ -129,11 +220,73 @@ def test_fails_a_good_pass_on_a_wrong_promise(changed, message):
         (ForgetsToRecompile(), AFTER.replace(", bias", ""), 1, "was not recompiled"),
         (GivesNaN(), BEFORE, 0, "is not finite"),
         (Copies(), BEFORE, 0, "passes rewrite in place"),
+        (ChangesTheShape(), BEFORE.replace("return bn", "flatten = bn.flatten(2)\n    return flatten"), 1, "has the shape .2, 4, 36."),
+        (
+            ChangesTheType(),
+            BEFORE.replace("return bn", "double = bn.double()\n    return double"),
+            1,
+            "is torch.float64, before torch.float32",
+        ),
+        (ReturnsATuple(), BEFORE.replace("return bn", "return (bn,)"), 1, "nested otherwise"),
+        (ReturnsItTwice(), BEFORE.replace("return bn", "return (bn, bn)"), 1, "2 outputs after the pass, 1 before"),
+        (ForgetsParameters("weight", 1), BEFORE, 0, "output 0 after the pass is off by"),
+        (ForgetsParameters("bias", 0), BEFORE, 0, "output 0 after the pass is off by"),
+        (ForgetsParameters("running_mean", 0), BEFORE, 0, "output 0 after the pass is off by"),
+        (ForgetsParameters("running_var", 1), BEFORE, 0, "output 0 after the pass is off by"),
+        (UndoesTheTextOnTheSecondRun(), BEFORE, 0, "the graph after a second run differs"),
     ],
+    ids=lambda value: value.name if isinstance(value, FxPass) else "",
 )
 def test_fails_a_broken_pass(broken, after, rewrites, message):
     with pytest.raises(AssertionError, match=message):
         check_pass(broken, ConvBn(), PICTURE, before=BEFORE, after=after, rewrites=rewrites, atol=1e-5)
+
+
+def test_fails_a_pass_that_leaves_an_invalid_graph():
+    after = """
+        x = input
+        bn = BatchNorm2d(conv)
+        conv = Conv2d[3->4, k3](x)
+        return bn
+    """
+    with pytest.raises(RuntimeError, match="before it has been defined"):
+        check_pass(LeavesAnInvalidGraph(), ConvBn(), PICTURE, before=BEFORE, after=after, rewrites=1)
+
+
+class Affine(nn.Module):
+    """Parameters outside every norm, and norms of other kinds, as they start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.layer, self.batch = nn.LayerNorm(8), nn.BatchNorm1d(8)
+        self.chosen = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch(self.layer(x)) * self.scale + self.shift
+
+
+def test_draws_whatever_parameter_is_as_it_starts_and_leaves_what_a_test_chose():
+    model = Affine()
+    checks.randomise(model)
+    started = {
+        name: torch.ones_like(value) if name.endswith(("weight", "scale", "var")) else torch.zeros_like(value)
+        for name, value in model.state_dict().items()
+    }
+    drawn = {name for name, value in model.state_dict().items() if not (value == started[name]).any()}
+    assert drawn >= set(model.state_dict()) - {"chosen", "batch.num_batches_tracked"}
+    assert model.chosen.tolist() == [1, 2]
+    assert (model.batch.running_var > 0).all()
+
+
+def test_refuses_numbers_that_are_not_finite_before():
+    class Overflows(ConvBn):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) / 0
+
+    before = BEFORE.replace("return bn", "truediv = truediv(bn, 0)\n    return truediv")
+    with pytest.raises(AssertionError, match="output 0 of the graph before is constant or not finite"):
+        check_pass(NeverDone(), Overflows(), PICTURE, before=before, rewrites=1)
 
 
 def test_refuses_inputs_from_which_nothing_can_be_told():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import DATA, NAMES, embeddings, names_of_s, official, weights, write_foreign_files
+from checkpoint_files import DATA, NAMES, embeddings, official, ultralytics_names, weights, write_foreign_files
 
 from crqat_fx.checkpoint import load_model, official_name, read_checkpoint, write_checkpoint
 from crqat_fx.errors import UserError
@@ -113,9 +113,12 @@ def test_keeps_two_references_to_the_same_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_names_every_entry_of_ultralytics_as_the_official_code_does(version: int) -> None:
-    expected = {key: official_key or "dfl.conv.weight" for key, (official_key, _) in names_of_s(version).items()}
+@pytest.mark.parametrize("size", ["s", "m", "l"])
+def test_names_every_entry_of_ultralytics_as_the_official_code_does(size: str, version: int) -> None:
+    expected = {key: official_key or "dfl.conv.weight" for key, (official_key, _) in ultralytics_names(size, version).items()}
     assert {key: official_name(key, version) for key in expected} == expected
+    published = json.loads((DATA / f"keys_v{version}_{size}.json").read_text())
+    assert set(expected.values()) == {*published, "dfl.conv.weight"}
 
 
 def test_names_the_blocks_that_only_deeper_sizes_have() -> None:
@@ -146,6 +149,15 @@ def test_reads_the_vocabulary_baked_into_an_ultralytics_file(foreign: Path) -> N
     assert vocabulary.names == NAMES
     np.testing.assert_allclose(vocabulary.embeddings, embeddings().numpy(), atol=2e-4)
     np.testing.assert_allclose(np.linalg.norm(vocabulary.embeddings, axis=1), 1, atol=1e-6)
+
+
+def test_takes_a_square_pair_as_the_picture_size_and_says_that_another_is_left_aside(
+    foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_checkpoint(foreign / "ultralytics-square.pt").extra == {"size": 320}
+    assert not caplog.records
+    assert read_checkpoint(foreign / "ultralytics-oblong.pt").extra == {}
+    assert "the picture size in it, 320 x 640, is left aside: pictures are square" in caplog.text
 
 
 def test_prefers_the_averaged_weights_of_an_ultralytics_training_file(foreign: Path) -> None:
@@ -247,6 +259,14 @@ except UserError as error:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "own.pt")], capture_output=True, text=True, env=environment)
     assert "own.pt: cannot be written (File too large)" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_to_write_variances_below_zero(tmp_path: Path) -> None:
+    state = weights("pico", 2)
+    state["backbone.image_model.stem.bn.running_var"][3] = -1e-3
+    with pytest.raises(UserError, match=r"negative variances in 1 of 411 entries \(backbone\.image_model\.stem\.bn\.running_var\)"):
+        write_checkpoint(tmp_path / "own.pt", state, config_for("pico", 2))
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,7 @@ from crqat_fx.data.shapes import ShapesTask
 from crqat_fx.models.yolo_world import build
 from crqat_fx.vocabulary import Vocabulary
 
-COMMANDS = ("detect", "embed", "inspect", "shapes", "evaluate", "passes", "cost", "pretrain", "demo")
+COMMANDS = ("detect", "embed", "inspect", "shapes", "evaluate", "passes", "cost", "prepare", "pretrain", "demo")
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -65,6 +65,41 @@ def test_help_and_version_import_no_torch(arguments):
 
 def test_the_version_is_the_packages():
     assert run("--version").stdout.strip() == f"crqat-fx {crqat_fx.__version__}"
+
+
+def test_names_that_look_like_markup_and_files_named_in_no_encoding_are_shown_as_they_are(model, picture, tmp_path):
+    names = ("[/x] 1", "[red]cat[/red]", ":cat:", "\u732b")
+    Vocabulary(names, ShapesTask().vocabulary.embeddings[:4]).save(tmp_path / "v.npz")
+    odd = tmp_path / os.fsdecode(b"\xff\xfe.png")
+    odd.write_bytes(picture.read_bytes())
+    for more in ((), ("--json",)):
+        environment = os.environ | {"PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "crqat_fx", "detect", model, odd, "--vocabulary", tmp_path / "v.npz", "--conf", "0"]
+        done = subprocess.run([*command, "--out", tmp_path / "out", *more], capture_output=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        if more:
+            assert {one["category_name"] for one in json.loads(done.stdout)["detections"]} == set(names)
+        else:
+            assert b"[red]cat[/red]" in done.stdout
+            assert b":cat:" in done.stdout
+
+
+def test_every_result_has_its_settings_beside_it(model, tmp_path):
+    assert run("shapes", "--out", tmp_path / "set", "--train", 0, "--val", 3, "--calibration", 0, "--workers", 0).returncode == 0
+    assert "val: 3  # flag" in (tmp_path / "set" / "settings.yaml").read_text()
+    assert run("inspect", model, "--graph", tmp_path / "g.svg", "--stages", 3).returncode == 0
+    assert "stages: 3  # flag" in (tmp_path / "g.svg.settings.yaml").read_text()
+    scored = run("evaluate", model, "--data", tmp_path / "set" / "data.yaml", "--out", tmp_path / "scores")
+    assert scored.returncode == 0, scored.stderr
+    assert (tmp_path / "scores" / "settings.yaml").read_text().startswith(f"# crqat-fx evaluate {model} --data")
+    assert json.loads((tmp_path / "scores" / "evaluation.json").read_text())["vocabulary"] == {"names": 240, "from": "data"}
+
+
+def test_a_preset_is_inspected_and_counted_without_a_file(tmp_path):
+    seen = run("inspect", "yolo-world-v1-s", "--json", "--graph", tmp_path / "s.svg")
+    assert seen.returncode == 0, seen.stderr
+    assert json.loads(seen.stdout)["parameters"] == 13_383_480
+    assert (tmp_path / "s.svg").exists()
 
 
 def test_detect_draws_writes_its_settings_and_takes_the_size_from_the_file(model, picture, tmp_path):
@@ -120,10 +155,17 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_status_is_one(model, pic
         (["cost", "yolo-world-v3-q"], "yolo-world-v3-q"),
         (["cost", "yolo-world-v1-l", "--recipe", "1-2-3"], "1-2-3"),
         (["cost", "yolo-world-v1-l", "--target", "toaster"], "toaster"),
+        (["prepare", "{model}", "--recipe", "9-9-9"], "9-9-9"),
+        (["prepare", "{model}", "--calibrate", "nowhere"], "nowhere"),
+        (["prepare", "{model}", "--calibrate", "shapes", "--observer", "eyes"], "eyes"),
         (["pretrain", "--out", "run", "--model", "huge"], "model is 'huge'"),
         (["pretrain", "--out", "run", "--resume"], "run"),
         (["shapes", "--out", "full"], "full"),
         (["inspect", "{model}", "--graph", "graph.pdf"], "graph.pdf"),
+        (["inspect", "{model}", "--stages", "4"], "stages is 4"),
+        (["embed", "text.txt"], "--encoder"),
+        (["cost", "pico-v2", "--vocabulary", "narrow.npz"], "8 wide"),
+        (["evaluate", "{model}", "--data", "shapes", "--teacher", "nowhere.pt"], "nowhere.pt"),
         (["embed", "text.txt", "--encoder", "nowhere"], "nowhere"),
     ],
 )
@@ -132,6 +174,7 @@ def test_a_users_mistake_is_one_line_on_stderr_and_status_two(model, picture, tm
     (work / "full").mkdir(parents=True)
     (work / "full" / "file").write_text("")
     (work / "text.txt").write_text("some text\nmore\n")
+    Vocabulary(("cat",), np.ones((1, 8), np.float32)).save(work / "narrow.npz")
     before = sorted(work.rglob("*"))
     done = run(*(argument.format(model=model, picture=picture) for argument in arguments), cwd=work)
     assert done.returncode == 2, done.stderr
@@ -162,11 +205,36 @@ def test_a_drawn_set_on_disk_scores_as_the_streamed_one_does(model, tmp_path):
     done = run("shapes", "--out", tmp_path / "set", "--train", 0, "--calibration", 0, "--val", 8, "--workers", 0)
     assert done.returncode == 0, done.stderr
     streamed, read = (
-        json.loads(run("evaluate", model, "--data", data, "--pictures", 8, "--size", 160, "--json").stdout)
-        for data in ("shapes", tmp_path / "set" / "data.yaml")
+        json.loads(run("evaluate", model, "--data", *data, "--size", 160, "--json").stdout)
+        for data in (("shapes", "--pictures", 8), (tmp_path / "set" / "data.yaml",))
     )
     assert streamed["scores"] == read["scores"]
     assert streamed["objects"] == read["objects"]
+
+
+def test_a_model_is_prepared_calibrated_and_then_evaluated_as_it_is(model, tmp_path):
+    out = tmp_path / "prepared.pt"
+    done = run(
+        "prepare", model, "--recipe", "8-8-8", "--target", "conv-inputs", "--calibrate", "shapes", "--pictures", 4, "--out", out, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["calibrated"]
+    assert [stage["stage"] for stage in report["stages"]] == ["backbone", "neck-head"]
+    assert all(stage["quantizers"] > 0 for stage in report["stages"])
+    assert any("stem" in one["path"] for one in report["float"])
+    assert "recipe: 8-8-8  # flag" in (tmp_path / "prepared.pt.settings.yaml").read_text()
+    scored = run("evaluate", out, "--data", "shapes", "--pictures", 4, "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["settings"]["size"] == {"value": 96, "from": "file"}
+
+
+def test_a_prepared_model_without_ranges_is_refused_where_it_would_run(model, picture, tmp_path):
+    assert run("prepare", model, "--out", tmp_path / "prepared.pt").returncode == 0
+    done = run("detect", tmp_path / "prepared.pt", picture, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "its quantizers have no ranges" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_vocabulary_of_another_width_is_refused(model, picture, tmp_path):

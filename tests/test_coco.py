@@ -213,6 +213,13 @@ def test_a_missing_and_a_broken_picture_are_errors_with_their_names(tmp_path: Pa
         dataset.picture(1)
 
 
+@pytest.mark.parametrize("name", ["n" * 5_000, f"{'f' * 5_000}/none.png"])
+def test_a_name_longer_than_the_system_takes_is_of_a_missing_picture(tmp_path: Path, name: str) -> None:
+    dataset = CocoSet(*write_coco(tmp_path, 2, lambda content: content["images"][1].update(file_name=name)))
+    with pytest.raises(UserError, match="the picture file is missing"):
+        dataset.picture(1)
+
+
 def test_a_picture_of_another_size_than_annotated_is_an_error(tmp_path: Path) -> None:
     annotations, pictures = write_coco(tmp_path)
     save(pictures / "2.png", np.zeros((HEIGHT, WIDTH + 1, 3), np.uint8))

@@ -11,9 +11,9 @@ from torch import nn
 
 from crqat_fx.cost import Cost, Measurement, cost, format_report, measure, model_on_paper, on_meta, price
 from crqat_fx.errors import UserError
-from crqat_fx.models.yolo_world import build
+from crqat_fx.models.yolo_world import ConvModule, build
 from crqat_fx.recipe import QuantRecipe, QuantRule, preset
-from crqat_fx.trace import trace
+from crqat_fx.trace import trace, trace_unproved
 from passes.spec import QuantSpec
 
 # size, vocabulary -> MiB in float, at 4-4-8; BOPs T in float, at 4-4-8: as printed
@@ -225,10 +225,181 @@ def test_the_table_has_a_row_a_block_and_both_totals():
     assert lines[-1].split() == ["total", "in", "float", "47,553,954", "88.48", "90.60", "181.40", "88.45", "90.58", "180.88"]
 
 
+# --- graphs that are not what the presets give ---
+
+
+class ReadsBehindTheNorm(ConvModule):
+    """Folding the norm makes the convolution the one that is asked for its shape: under another path."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return self.activate(y).view(y.shape)
+
+
+def test_a_graph_that_folding_renames_costs_the_same():
+    model = model_on_paper("yolo-world-v1-pico")
+    for block in (model.neck.downsample_layers[0], model.backbone.image_model.stem):
+        block.__class__ = ReadsBehindTheNorm
+    recipe = QuantRecipe((QuantRule("*", QuantSpec(4, channel_axis=0), QuantSpec(4)), QuantRule("*.stem.*", QuantSpec(8), QuantSpec(8))))
+    assert cost(model, recipe, size=64) == price(measured("v1-pico"), recipe)
+
+
+def test_a_rule_that_names_a_norm_reaches_nothing_once_it_is_folded():
+    recipe = QuantRecipe((QuantRule("*.cls_contrasts.0.norm", QuantSpec(8), QuantSpec(8)),))
+    assert price(measured("v2-pico"), recipe).export == price(measured("v2-pico")).export
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_type_costs_what_it_costs_in_float32(dtype):
+    assert cost(build("pico", 2).to(dtype), preset("4-4-8"), size=64) == price(measured("v2-pico"), preset("4-4-8"))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_graph_without_the_modules_that_are_counted_is_refused(version):
+    plain = torch.fx.symbolic_trace(model_on_paper(f"yolo-world-v{version}-pico"))
+    with pytest.raises(UserError, match=r"holds no Match.*trace the model with crqat_fx\.trace"):
+        cost(plain, size=64)
+
+
+def test_a_graph_with_quantizers_is_refused():
+    class Round(nn.Module):
+        is_quantizer = True
+
+        def forward(self, x):
+            return x
+
+    graph = trace(build("pico", 2))
+    graph.add_submodule("round", Round())
+    first = graph.graph.find_nodes(op="call_module")[0]
+    with graph.graph.inserting_after(first):
+        graph.graph.call_module("round", (first,))
+    graph.recompile()
+    with pytest.raises(UserError, match="the graph: holds quantizers; give the float model"):
+        cost(graph, size=64)
+
+
+def test_dead_nodes_cost_nothing():
+    graph = trace(build("pico", 2))
+    for node in graph.graph.find_nodes(op="call_module")[:4]:
+        with graph.graph.inserting_after(node):
+            graph.graph.call_module(node.target, node.args)
+    graph.recompile()
+    nodes = len(graph.graph.nodes)
+    assert cost(graph, preset("4-4-8"), size=64) == price(measured("v2-pico"), preset("4-4-8"))
+    assert len(graph.graph.nodes) == nodes
+
+
+def test_a_vocabulary_of_a_million_is_counted_at_once():
+    few, many = (price(measured("v1-pico", texts)).total.macs for texts in (32, 1_000_000))
+    a_text = price(measured("v1-pico", 33)).total.macs - few
+    assert many == few + (1_000_000 - 32) * a_text
+
+
+def last_of_tower(change):
+    """v2's export, and the same with the last convolution of the first class tower changed."""
+    model = model_on_paper("yolo-world-v2-pico")
+    tower = model.bbox_head.head_module.cls_preds[0]
+    change(tower)
+    graph = trace_unproved(model)
+    return graph, cost(graph, vocabulary=7, size=64)
+
+
+def runs_its_matching(report) -> bool:
+    return "bbox_head.head_module.cls_contrasts.0" in report.export
+
+
+@pytest.mark.parametrize(
+    ("last", "collapses"),
+    [
+        (nn.Conv2d(64, 512, 1), True),
+        (nn.Conv2d(64, 512, 1, groups=2), False),
+        (nn.Conv2d(64, 512, 3, padding=1), False),
+        (nn.Conv2d(64, 512, (1, 3), padding=(0, 1)), False),
+    ],
+    ids=["1x1", "groups", "3x3", "1x3"],
+)
+def test_only_a_1x1_convolution_of_one_group_collapses(last, collapses):
+    _, report = last_of_tower(lambda tower: tower.__setitem__(2, last.to("meta")))
+    assert runs_its_matching(report) is not collapses
+
+
+def test_a_convolution_that_something_else_reads_does_not_collapse():
+    graph, plain = last_of_tower(lambda tower: None)
+    assert not runs_its_matching(plain)
+    (last,) = graph.graph.find_nodes(op="call_module", target="bbox_head.head_module.cls_preds.0.2")
+    (other,) = graph.graph.find_nodes(op="call_module", target="bbox_head.head_module.reg_preds.0.2")
+    readers = list(other.users)
+    with graph.graph.inserting_after(max(last, other)):
+        scaled = graph.graph.call_function(torch.add, (other, graph.graph.call_method("mean", (last,))))
+    scaled.prepend(scaled.args[1])
+    for reader in readers:
+        reader.replace_input_with(other, scaled)
+    graph.recompile()
+    assert runs_its_matching(cost(graph, vocabulary=7, size=64))
+
+
+@pytest.mark.parametrize("target", ["ort", "conv-inputs"])
+def test_a_collapsed_convolution_has_a_scale_for_each_text(target):
+    recipe = QuantRecipe((QuantRule("*.cls_preds.*.2", activation=QuantSpec(8, channel_axis=1)),))
+    here = measured("v2-pico", 7)
+    scales = 3 * (7 if target == "ort" else 64)  # of its output, or of its input
+    assert price(here, recipe, target).export_total.bits - price(here).export_total.bits == scales * 2 * 32
+
+
+def test_what_is_shared_is_stored_once():
+    model = model_on_paper("yolo-world-v2-pico")
+    towers = model.bbox_head.head_module.reg_preds
+    plain = cost(model, size=64)
+    towers[1][2].weight = towers[0][2].weight
+    shared = cost(model, size=64)
+    elements = towers[0][2].weight.numel()
+    for one, other in ((plain.total, shared.total), (plain.export_total, shared.export_total)):
+        assert one.parameters - other.parameters == elements
+        assert one.bits - other.bits == 32 * elements
+        assert one.macs == other.macs
+
+
+def test_a_constant_that_is_no_parameter_is_not_counted_as_one():
+    model = model_on_paper("yolo-world-v2-pico")
+    plain = cost(model, size=64).total.parameters
+    graph = trace_unproved(model)
+    graph.register_buffer("shift", torch.zeros(64, device="meta"))
+    output = graph.graph.output_node()
+    (logits, bins, regions) = output.args[0]
+    with graph.graph.inserting_before(output):
+        shifted = graph.graph.call_function(
+            torch.add, (bins[0], graph.graph.call_method("view", (graph.graph.get_attr("shift"), 64, 1, 1)))
+        )
+    output.args = ((logits, (shifted, *bins[1:]), regions),)
+    graph.recompile()
+    assert cost(graph, size=64).total.parameters == plain
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (
+            QuantRule("*.stem.conv", QuantSpec(4, channel_axis=4)),
+            r"channel_axis is 4, .* at backbone\.image_model\.stem\.conv has the shape \[8, 3, 3, 3\]; give an axis from 0 to 3",
+        ),
+        (
+            QuantRule("*.stem.conv", activation=QuantSpec(4, channel_axis=9)),
+            r"channel_axis is 9, .* at backbone\.image_model\.stem\.conv has the shape \[1, (3|8), ",
+        ),
+        (QuantRule("*.guide_fc", activation=QuantSpec(4, channel_axis=3)), r"channel_axis is 3, .*guide_fc has the shape"),
+    ],
+)
+@pytest.mark.parametrize("target", ["ort", "conv-inputs"])
+def test_an_axis_that_a_tensor_does_not_have_is_a_mistake_with_path_axis_and_shape(rule, reason, target):
+    with pytest.raises(UserError, match=f"^recipe: {reason}"):
+        price(measured("v2-pico"), QuantRecipe((rule,)), target)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"vocabulary": 0}, "a vocabulary of 0 texts"),
+        ({"vocabulary": 99_999_999_999}, "a vocabulary of 99999999999 texts; give a number from 1 to 1,000,000"),
         ({"size": 100}, "size is 100"),
         ({"size": 0}, "size is 0"),
         ({"target": "gpu"}, "unknown target 'gpu'"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -146,7 +147,7 @@ def test_a_model_that_answers_nan_is_an_error(model):
         TorchDetector(broken, vocabulary(), size=64).detect(photos(1))
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta:x"])
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta:x", "meta", "vulkan", "hpu"])
 def test_refuses_a_device_that_is_not_there_and_names_those_that_are(model, device):
     with pytest.raises(UserError, match="choose among cpu") as raised:
         TorchDetector(model, vocabulary(), size=64, device=device)
@@ -158,7 +159,18 @@ def test_refuses_a_device_that_is_not_there_and_names_those_that_are(model, devi
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"conf": 1.5}, {"iou": -1.0}, {"max": 0}, {"size": 100}, {"size": 0}, {"size": 32 * 1000}, {"batch": 0}, {"threads": 0}],
+    [
+        {"conf": 1.5},
+        {"iou": -1.0},
+        {"max": 0},
+        {"size": 100},
+        {"size": 0},
+        {"size": 32 * 1000},
+        {"batch": 0},
+        {"threads": 0},
+        {"batch": 10**20},
+        {"threads": 99_999_999_999},
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(wrong):
     name, value = next(iter(wrong.items()))
@@ -282,6 +294,61 @@ def test_takes_videos_frame_by_frame(tmp_path, model, conf):
     assert steps[1][2].startswith("clip.avi frame 1: ")
 
 
+def test_a_video_that_is_cut_short_counts_as_not_read_whole(tmp_path, model, said):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 64))
+    for picture in photos(3) * 5:
+        writer.write(cv2.resize(picture, (96, 64)))
+    writer.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    report = detect_pictures(TorchDetector(model, vocabulary(), size=64, conf=1.0), find_sources([path]), tmp_path / "out")
+    assert 0 < report.pictures < 15
+    assert [skipped.name for skipped in report.skipped] == ["clip.avi"]
+    assert "of the 15 frames that it declares can be decoded" in report.skipped[0].reason
+    assert "not read whole: " in said.text
+    assert len(list((tmp_path / "out" / "clip").iterdir())) == report.pictures
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_lists_a_file_whose_name_is_no_text(tmp_path, model, conf):
+    odd = os.fsdecode(b"\xff\xfe.png")
+    saved(tmp_path / "in" / odd, photos(1)[0])
+    report = detect_pictures(TorchDetector(model, vocabulary(), size=96, conf=conf), find_sources([tmp_path / "in"]), tmp_path / "out")
+    assert report.pictures == 1
+    assert not report.skipped
+    records = json.loads((tmp_path / "out" / "detections.json").read_text(encoding="utf-8"))
+    assert {record["file_name"] for record in records} == {odd}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {odd, "detections.json"}
+
+
+def test_leaves_no_folder_behind_when_nothing_was_kept(tmp_path, model):
+    broken = build("pico", 1)
+    broken.load_state_dict(model.state_dict())
+    torch.nn.init.constant_(broken.bbox_head.head_module.cls_contrasts[1].bias, torch.nan)
+    source = find_sources([saved(tmp_path / "a.png", photos(1)[0])])
+    called: list[bool] = []
+    for out in (tmp_path / "new" / "out", tmp_path / "old"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="scores are not numbers"):
+            detect_pictures(TorchDetector(broken, vocabulary(), size=64), source, out, before_drawing=lambda: called.append(True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "old"]  # the one that was there stays
+    assert not called
+
+
+@pytest.mark.parametrize("pictures", [0, 3])
+def test_has_settings_written_once_and_before_any_drawing(tmp_path, model, pictures):
+    for index in range(pictures):
+        saved(tmp_path / "in" / f"{index}.png", photos(1)[0])
+    (tmp_path / "in").mkdir(exist_ok=True)
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    before: list[list[Path]] = []
+    detect_pictures(
+        TorchDetector(model, vocabulary(), size=64, conf=1.0), find_sources([tmp_path / "in"]), tmp_path / "out",
+        before_drawing=lambda: before.append([path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]),
+    )  # fmt: skip
+    assert before == [[]]
+
+
 def test_writes_an_empty_list_where_nothing_is_found(tmp_path, model):
     saved(tmp_path / "a.png", photos(1)[0])
     report = detect_pictures(TorchDetector(model, vocabulary(), size=64, conf=1.0), find_sources([tmp_path / "a.png"]), tmp_path / "out")
@@ -319,6 +386,12 @@ def test_refuses_to_draw_over_a_picture_that_it_reads(tmp_path, model):
         detect_pictures(TorchDetector(model, vocabulary(), size=64), find_sources([tmp_path]), tmp_path)
     assert original.read_bytes() == before
     assert not (tmp_path / "detections.json").exists()
+
+
+def test_an_out_longer_than_any_path_is_an_error(tmp_path, model):
+    source = find_sources([saved(tmp_path / "a.png", photos(1)[0])])
+    with pytest.raises(UserError, match="cannot be written"):
+        detect_pictures(TorchDetector(model, vocabulary(), size=64), source, tmp_path / ("x" * 300))
 
 
 def test_an_out_that_is_a_file_is_an_error(tmp_path, model):

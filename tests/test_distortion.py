@@ -1,20 +1,26 @@
 """Distortion against a teacher: the relations by hand, the measurement against its definition spelled out, and its pictures."""
 
 import copy
+import inspect
 import json
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from listed_set import ListedSet
+from matplotlib.colors import to_rgb
 
 from crqat_fx.assign import assign
 from crqat_fx.data.samples import Truth
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
 from crqat_fx.distortion import (
+    Distortion,
     DistortionResult,
+    Example,
+    Histogram,
     confidence_relations,
     distortion,
     embedding_relations,
@@ -24,8 +30,8 @@ from crqat_fx.distortion import (
     region_text,
 )
 from crqat_fx.errors import UserError
-from crqat_fx.models.yolo_world import YoloWorld, anchor_points, build, decode_boxes, flatten_levels
-from crqat_fx.plots import write_plots
+from crqat_fx.models.yolo_world import YoloWorld, anchor_points, build, config_for, decode_boxes, flatten_levels
+from crqat_fx.plots import STUDENT, TEACHER, distributions_figure, heatmaps_figure, scatter_figure, write_plots
 from crqat_fx.vocabulary import Vocabulary
 
 TASK = ShapesTask(size=96)
@@ -282,6 +288,31 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_named(student, teacher):
     assert values(result) == pytest.approx(values(compare(student, teacher))[:, 1:], abs=1e-6)
 
 
+@pytest.mark.parametrize("of_other_width", ["student", "teacher"])
+def test_a_model_that_takes_texts_of_another_width_is_refused_before_any_picture_is_looked_at(student, teacher, of_other_width):
+    other = YoloWorld(replace(config_for("pico", 1), text_width=16)).eval()
+    pair = {"student": student, "teacher": teacher} | {of_other_width: other}
+    unreadable = ListedSet(SHAPES.coco, (None,) * 5)
+    with pytest.raises(UserError, match=f"the {of_other_width} takes texts 16 wide, the vocabulary's are 512 wide"):
+        compare(**pair, dataset=unreadable)
+
+
+def test_a_module_that_says_nothing_of_its_texts_is_compared(student, teacher):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model: YoloWorld) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+            return self.model(*inputs)
+
+    assert (values(compare(Wrapped(student).eval(), teacher, limit=1)) == values(compare(student, teacher, limit=1))).all()
+
+
+def test_as_many_pictures_are_compared_as_published():
+    assert inspect.signature(distortion).parameters["limit"].default == 512
+
+
 def test_a_model_in_training_mode_is_refused(student, teacher):
     with pytest.raises(ValueError, match="student is in training mode"):
         compare(copy.deepcopy(student).train(), teacher)
@@ -315,6 +346,91 @@ def test_draws_heat_maps_distributions_and_the_scatter(student, teacher, tmp_pat
         picture = cv2.imread(str(path))
         assert min(picture.shape[:2]) > 400
         assert picture.std() > 5  # something was drawn
+
+
+def drawn_result() -> DistortionResult:
+    """Every number that a figure shows is another, so that none can stand for another."""
+    edges = {"embedding": np.linspace(-1, 1, 5), "confidence": np.linspace(0, 1, 5)}
+    counts = {"region_text": {"embedding": (1, 5), "confidence": (2, 6)}, "region_region": {"embedding": (3, 7), "confidence": (4, 8)}}
+    histograms = {
+        kind: {
+            space: Histogram(edges[space], np.array([of_teacher, 1, 2, 3]), np.array([of_student, 1, 2, 3]))
+            for space, (of_teacher, of_student) in spaces.items()
+        }
+        for kind, spaces in counts.items()
+    }
+    texts = Distortion(np.array([0.1, 0.2, 0.4]), np.array([0.01, 0.03, 0.02]))
+    pairs = Distortion(np.array([0.5, np.nan, 0.7]), np.array([0.06, np.nan, 0.09]))
+    return DistortionResult(("a", "b", "c"), 9, texts, pairs, histograms, (drawn_example(),))
+
+
+def drawn_example() -> Example:
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:, :32] = (200, 10, 10)
+    return Example(
+        name="a",
+        picture=picture,
+        boxes=np.array([[2, 3, 30, 28]], np.float32),
+        names=("cat",),
+        points=np.array([[12.0, 4.0], [8.0, 24.0], [48.0, 16.0]], np.float32),
+        strides=np.array([8.0, 16.0, 32.0], np.float32),
+        teacher=np.array([0.9, 0.8, np.nan], np.float32),
+        student=np.array([0.3, 0.2, np.nan], np.float32),
+    )
+
+
+def test_the_distributions_show_each_models_own_counts_as_shares_of_each_relation_in_each_space():
+    result = drawn_result()
+    panels = iter(distributions_figure(result).axes)
+    for kind, title in (("region_text", "region-text"), ("region_region", "region-region")):
+        for space in ("embedding", "confidence"):
+            axis, histogram = next(panels), result.histograms[kind][space]
+            assert axis.get_title().startswith(f"{title}, {space} space (MAE {np.nanmean(getattr(getattr(result, kind), space)):.4f})")
+            outlines = [patch for patch in axis.patches if patch.get_label() in ("teacher", "student")]
+            assert [patch.get_label() for patch in outlines] == ["teacher", "student"]
+            for patch, colour, counts in zip(outlines, (TEACHER, STUDENT), (histogram.teacher, histogram.student), strict=True):
+                assert to_rgb(patch.get_edgecolor()) == to_rgb(colour)
+                assert patch.get_data().values == pytest.approx(counts / counts.sum())
+                assert (patch.get_data().edges == histogram.edges).all()
+            filled = [patch for patch in axis.patches if patch not in outlines]
+            assert [to_rgb(patch.get_facecolor()) for patch in filled] == [to_rgb(TEACHER), to_rgb(STUDENT)]
+            assert [patch.get_data().values[0] for patch in filled] == [patch.get_data().values[0] for patch in outlines]
+    assert next(panels, None) is None
+
+
+def test_the_scatter_has_embedding_space_across_and_confidence_space_up():
+    result = drawn_result()
+    texts, pairs = scatter_figure(result).axes
+    for axis, drawn in ((texts, result.region_text), (pairs, result.region_region)):
+        (dots,) = axis.collections
+        offsets = np.ma.filled(dots.get_offsets(), np.nan)
+        np.testing.assert_array_equal(offsets, np.stack([drawn.embedding, drawn.confidence], 1))
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("MAE in embedding space", "MAE in confidence space")
+        assert (axis.get_xlim()[0], axis.get_ylim()[0]) == (0, 0)
+        assert f"{drawn.pearson:.3f}" in axis.get_title()
+    assert texts.get_title().startswith("region-text: ")
+    assert texts.get_title().endswith("over 3 pictures")
+    assert pairs.get_title().startswith("region-region: ")
+    assert pairs.get_title().endswith("over 2 pictures")
+
+
+def test_heat_maps_show_the_picture_then_the_teachers_then_the_students_similarities_on_one_scale():
+    example = drawn_example()
+    whole, teacher, student, scale = heatmaps_figure([example]).axes
+    assert [axis.get_title() for axis in (whole, teacher, student)] == ["picture", "teacher", "student"]
+    assert (whole.images[0].get_array() == example.picture).all()
+    assert [(patch.get_xy(), patch.get_width(), patch.get_height()) for patch in whole.patches] == [((2, 3), 28, 25)] * 2
+    assert [text.get_text() for text in whole.texts] == ["cat"]
+    for axis, shown in ((teacher, example.teacher), (student, example.student)):
+        (cells,) = axis.collections
+        assert cells.get_array().mask.tolist() == [True, False, False]  # coarse cells below, and one that is alone
+        assert cells.get_array().compressed().tolist() == [shown[1], shown[0]]
+        assert cells.get_clim() == pytest.approx((0.2, 0.9))
+        corners = [tuple(path.get_extents().bounds) for path in cells.get_paths()]
+        assert corners == [(32, 0, 32, 32), (0, 16, 16, 16), (8, 0, 8, 8)]
+        assert axis.get_xlabel() == f"mean {np.nanmean(shown):.3f}"
+        assert (axis.get_xlim(), axis.get_ylim()) == ((0, 64), (32, 0))
+    assert scale.get_ylabel().startswith("mean cosine similarity")
 
 
 def test_plots_are_refused_where_a_file_stands(student, teacher, tmp_path):

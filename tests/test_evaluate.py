@@ -332,7 +332,14 @@ def test_the_metric_decides_how_many_detections_a_picture_keeps_unless_told():
         for metric, most in (("coco", None), ("lvis-fixed", None), ("lvis-fixed", 7))
     ]
     assert kept == [300, 1000, 7]
-    assert (EvaluateSettings().detecting.conf, EvaluateSettings().detecting.iou) == (0.001, 0.7)
+
+
+def test_the_defaults_are_the_published_ones():
+    assert MODULE.FIXED_PER_CLASS == 10_000
+    assert dict(MODULE.KEPT) == {"coco": 300, "lvis-fixed": 1000}
+    settings = EvaluateSettings()
+    assert (settings.metric, settings.size, settings.conf, settings.iou) == ("coco", 640, 0.001, 0.7)
+    assert (settings.detecting.selection.max, settings.compared) == (300, 512)
 
 
 @pytest.mark.parametrize("wrong", [{"conf": 2.0}, {"size": 100}, {"compared": 1}, {"max": 0}])

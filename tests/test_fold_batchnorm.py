@@ -259,12 +259,195 @@ def test_leaves_a_norm_before_a_convolution():
     )
 
 
-def test_leaves_training_mode_alone(caplog):
-    graph = symbolic_trace(ConvBn().train())
-    graph.train()
+class Transposed(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(3, 4, 3, bias=False)
+
+
+class Functional(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(nn.functional.conv2d(x, self.conv.weight))
+
+
+class FunctionalNorm(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(self.conv(x), self.bn.running_mean, self.bn.running_var)
+
+
+class Between(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.between(self.conv(x)))
+
+
+class Synchronised(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.SyncBatchNorm(4)
+
+
+class WeightRead(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.conv.weight.mean()
+
+
+class BetaRead(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.bn.bias.mean()
+
+
+class HookOnTheConvolution(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+class HookOnTheNorm(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+
+class SpectralNorm(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.spectral_norm(self.conv)
+
+
+class Parametrized(ConvBn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(self.conv)
+
+
+class InPlace(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y.mul_(2)
+        return self.bn(y)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Transposed, "left bn after conv: ConvTranspose2d is no Conv2d"),
+        (Functional, "left bn after conv2d: what it norms is made by no module"),
+        (FunctionalNorm, "left batch_norm after conv: the norm is a function"),
+        (Between, "left bn after between: SiLU is no Conv2d"),
+        (Synchronised, "left bn after conv: SyncBatchNorm is no BatchNorm2d"),
+        (WeightRead, "left bn after conv: the parameters of the Conv2d are read elsewhere"),
+        (BetaRead, "left bn after conv: the parameters of the BatchNorm2d are read elsewhere"),
+        (HookOnTheConvolution, "left bn after conv: the Conv2d has hooks"),
+        (HookOnTheNorm, "left bn after conv: the BatchNorm2d has hooks"),
+        (SpectralNorm, "left bn after conv: the Conv2d has hooks"),
+        (Parametrized, "left bn after conv: ParametrizedConv2d is no Conv2d, and may compute something else"),
+        (InPlace, "left bn after conv: the convolution's output has 2 readers"),
+    ],
+)
+def test_leaves_what_only_looks_like_it_says_why_and_computes_the_same(model, reason, caplog):
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name)
+
+    net = model().eval()
+    randomise(net)
+    graph = torch.fx.GraphModule(net, Tracer().trace(net))
+    state = list(graph.state_dict())
+    with caplog.at_level(logging.DEBUG, logger="passes.fx.fold_batchnorm"), torch.no_grad():
+        expected = net(PICTURE)
+        assert FoldBatchNorm()(graph).rewrites == 0
+        assert torch.equal(graph(PICTURE), expected)
+    assert caplog.messages == [f"fold-batchnorm: {reason}"]
+    assert list(graph.state_dict()) == state
+
+
+def test_leaves_a_norm_behind_a_quantizer(caplog):
+    class Round(nn.Module):
+        is_quantizer = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.round(x * 4) / 4
+
+    graph = symbolic_trace(ConvBn().eval())
+    graph.add_submodule("round", Round())
+    convolution, norm = graph.graph.find_nodes(op="call_module")
+    with graph.graph.inserting_after(convolution):
+        norm.args = (graph.graph.call_module("round", (convolution,)),)
+    graph.recompile()
     with caplog.at_level(logging.DEBUG, logger="passes.fx.fold_batchnorm"):
         assert FoldBatchNorm()(graph).rewrites == 0
-    assert "training mode" in caplog.text
+    assert "left bn after round: Round is no Conv2d" in caplog.text
+
+
+@pytest.mark.parametrize("training", ["norm", "both"])
+def test_leaves_a_norm_in_training_mode(training, caplog):
+    graph = symbolic_trace(ConvBn().eval())
+    graph.bn.train()
+    graph.conv.train(training == "both")
+    with caplog.at_level(logging.DEBUG, logger="passes.fx.fold_batchnorm"):
+        assert FoldBatchNorm()(graph).rewrites == 0
+    assert "the norm is in training mode" in caplog.text
+
+
+def test_a_convolution_in_training_mode_computes_the_same_and_keeps_its_mode():
+    model = ConvBn().eval()
+    randomise(model)
+    graph = symbolic_trace(model)
+    graph.conv.train()
+    expected = graph(PICTURE)
+    assert FoldBatchNorm()(graph).rewrites == 1
+    assert graph.conv.training
+    assert torch.allclose(graph(PICTURE), expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"bias": False}])
+def test_folds_groups_and_a_norm_without_affine(options):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, **options), nn.BatchNorm2d(6, affine=False)).eval()
+    randomise(model)
+    graph = symbolic_trace(model)
+    x = torch.randn(2, 4, 8, 8)
+    expected = graph(x)
+    assert FoldBatchNorm()(graph).rewrites == 1
+    assert torch.allclose(graph(x), expected, rtol=0, atol=ATOL)
+
+
+class DeadReader(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        torch.relu(y)
+        return self.bn(y)
+
+
+class SizeReader(ConvBn):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y).reshape(y.size(0), y.size(1), -1)
+
+
+@pytest.mark.parametrize("model", [DeadReader, SizeReader])
+def test_who_needs_no_numbers_of_the_convolution_does_not_hinder(model):
+    net = model().eval()
+    randomise(net)
+    graph = symbolic_trace(net)
+    with torch.no_grad():
+        assert FoldBatchNorm()(graph).rewrites == 1
+        assert torch.allclose(graph(PICTURE), net(PICTURE), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(("model", "rewrites"), [(ConvBn, 1), (ReadTwice, 0)])
+def test_only_the_folded_norm_goes_and_whatever_else_the_graph_holds_stays(model, rewrites):
+    graph = symbolic_trace(model().eval())
+    graph.add_module("kept", nn.Linear(1, 1))
+    graph.add_module("keeper", nn.Module())
+    before = list(graph.state_dict())
+    assert FoldBatchNorm()(graph).rewrites == rewrites
+    folded = [name for name in before if not name.startswith("bn.")] + ["conv.bias"]
+    assert sorted(graph.state_dict()) == sorted(folded if rewrites else before)
+    assert graph.get_submodule("keeper") is not None
 
 
 def test_the_model_that_was_traced_keeps_its_own_weights():

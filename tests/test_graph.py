@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
 from passes.base import PassError
-from passes.fx.graph import FxPass, blocks_of, describe, format_graph, node_paths
+from passes.fx.graph import FxPass, blocks_of, describe, format_graph, living, node_paths, nodes_in, readers_of_values
 
 
 class Block(nn.Module):
@@ -117,6 +117,49 @@ def test_blocks_are_the_modules_right_below_the_parts_and_wrappers_count_for_not
         "add",
         "output",
     ]
+
+
+def test_the_nodes_of_an_argument_are_found_however_it_is_nested():
+    graph = torch.fx.Graph()
+    a, b, c, d = (graph.placeholder(name) for name in "abcd")
+    assert nodes_in((a, [slice(None, b), 1], {"key": (c,)}, "text", d)) == [a, b, c, d]
+    assert nodes_in(slice(1, 2)) == []
+
+
+def test_who_asks_about_a_value_does_not_read_it():
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.T + x.shape[0] + x.size(1) + x.dim() + x.numel() + x.ndim + torch.zeros(1, dtype=x.dtype, device=x.device)
+
+    graph = symbolic_trace(Asks())
+    (x,) = graph.graph.find_nodes(op="placeholder")
+    assert len(x.users) == 8
+    assert [node.args for node in readers_of_values(x)] == [(x, "T")]
+
+
+def test_what_may_change_a_value_in_place_is_alive():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inplace, self.relu = nn.ReLU(inplace=True), nn.ReLU()
+            self.unread = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + 1
+            self.inplace(y)
+            self.relu(y)
+            torch.relu(y)
+            torch.relu_(y)
+            y.add_(1)
+            nn.functional.relu(y, True)
+            torch.add(y, 1, out=y)
+            torch.neg(self.unread)
+            return y
+
+    graph = symbolic_trace(InPlace())
+    alive = living(graph)
+    dead = [str(node.target) if node.op in ("call_module", "get_attr") else node.target for node in graph.graph.nodes if node not in alive]
+    assert dead == ["relu", torch.relu, "unread", torch.neg]
 
 
 class UsesBeforeItIsMade(FxPass):

@@ -34,6 +34,7 @@ from crqat_fx.vocabulary import Vocabulary
 
 STEM = "backbone.image_model.stem.conv.weight"
 COUNTER = "backbone.image_model.stem.bn.num_batches_tracked"
+VARIANCE = "backbone.image_model.stem.bn.running_var"
 GATE = "neck.top_down_layers.0.attn_block"
 CONTRAST = "bbox_head.head_module.cls_contrasts.0"
 
@@ -170,7 +171,19 @@ def entries_changed(change: Callable[[dict[str, bytes]], object]) -> Build:
 
 STORAGE = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x01tQ"
 TENSOR = name("torch._utils", "_rebuild_tensor_v2") + b"(" + STORAGE + b"K\x00K\x01\x85K\x01\x85\x89}tR"
+COLLIDING = b"".join(b"\x8a\x0b" + (index * (2**61 - 1)).to_bytes(11, "little") + b"N" for index in range(1, 1000))
+LIST_OF_A_THOUSAND = b"](" + b"N" * 1000 + b"e"
 BREAK_RULES = [
+    Hostile("keys whose hashes collide", by_hand(b"}(", COLLIDING, b"u"), "a key beyond all counting"),
+    Hostile("items of a set whose hashes collide", by_hand(b"\x8f(", COLLIDING, b"\x90"), "a key beyond all counting"),
+    Hostile("infinity as a key", by_hand(b"}G", struct.pack(">d", math.inf), b"Ns"), "a key beyond all counting"),
+    Hostile("key of megabytes", by_hand(b"}", text("k" * 10**6), b"Ns"), "a key of more than 4,096 characters"),
+    Hostile("global of megabytes", by_hand(name("torch.nn", "M" * 10**6)), "a global whose name has more than 4,096 characters"),
+    Hostile(
+        "one list made into sets over and over",
+        by_hand(LIST_OF_A_THOUSAND, b"\x85q\x01", name("builtins", "set"), b"q\x02", b"h\x02h\x01R" * 2001),
+        "sets of more than 2,000,000 items",
+    ),
     Hostile("offset beyond the storage", with_stem(10**12), "reaches past its storage"),
     Hostile("stride beyond the storage", with_stem(0, (8, 3, 3, 3), (2**62, 9, 3, 1)), "reaches past its storage"),
     Hostile("terabytes from one number", with_stem(0, (8, 3, 2**20, 2**20), (0, 0, 0, 0)), "8, 3, 1048576, 1048576"),
@@ -351,6 +364,7 @@ NO_MODELS = [
         "one text width here, another there", holding(lambda s: s.update({f"{GATE}.guide_fc.weight": torch.zeros(16, 8)})), "of another"
     ),
     Hostile("NaN weights", broken(math.nan), f"NaN or infinite weights in 1 of 411 entries ({STEM})"),
+    Hostile("negative variances", holding(lambda state: state[VARIANCE].neg_()), f"negative variances in 1 of 411 entries ({VARIANCE})"),
     Hostile("infinite weights", broken(-math.inf), "NaN or infinite weights in 1 of"),
     Hostile("whole numbers for weights", holding(lambda state: state.update({STEM: state[STEM].to(torch.int8)})), "is of type int8"),
     Hostile("fractions for counters", holding(lambda state: state.update({COUNTER: torch.tensor(0.5)})), "is of type float32"),
@@ -404,6 +418,9 @@ TAMPERED = [
     Hostile("own file of another version", config(version=1), "does not fit YOLO-World v1-PICO: of 416 entries"),
     Hostile("version 3", config(version=3), NO_CONFIG),
     Hostile("a billion layers", config(deepen=1e9), NO_CONFIG),
+    Hostile("a thousand layers, as a whole number", config(deepen=1000), NO_CONFIG),
+    Hostile("a thousand times the width, as a whole number", config(widen=1000), NO_CONFIG),
+    Hostile("a width that is true", config(class_width=True), NO_CONFIG),
     Hostile("NaN layers", config(deepen=math.nan), NO_CONFIG),
     Hostile("no attention heads", config(pool_heads=0), NO_CONFIG),
     Hostile("unknown setting", config(more=1), NO_CONFIG),

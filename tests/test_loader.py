@@ -2,14 +2,16 @@
 
 import itertools
 import logging
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from drawn_sets import COLOURS, NAMES, write_coco, write_data, write_grounding, write_vocabulary
+from drawn_sets import COLOURS, NAMES, WIDTH, draw, save, write_coco, write_data, write_grounding, write_vocabulary
 
 from crqat_fx.data.augment import Augmentation
 from crqat_fx.data.config import DataConfig, open_validation, read_data, texts_needed
@@ -118,6 +120,21 @@ def test_mosaics_of_a_grounding_set_have_the_phrases_of_their_four_pictures(tmp_
         assert 3 <= len(named) <= 6  # the two that all share, and one of each of up to four pictures
 
 
+def test_a_picture_of_a_very_long_side_is_trained_on(tmp_path: Path) -> None:
+    def lengthen(content: dict[str, Any]) -> None:
+        save(tmp_path / "animals" / "pictures" / "0.png", draw([("cat", (1_000, 0, 50_000, 32))], 60_000, 32))
+        content["images"][0].update(width=60_000, height=32)
+        content["annotations"][0].update(bbox=[1_000, 0, 50_000, 32])
+
+    config = coco_data(tmp_path, 1)
+    write_coco(tmp_path / "animals", 1, lengthen)
+    for until in (None, 0):
+        source = DetectionBatches(config, batch=2, augmentation=Augmentation(size=640), texts=4, mosaic_until=until)
+        (batch,) = take(source, 1)
+        assert batch.images.shape == (2, 3, 640, 640)
+        assert not source.skipped
+
+
 def test_slots_without_a_text_have_a_zero_embedding(tmp_path: Path) -> None:
     (batch,) = take(DetectionBatches(coco_data(tmp_path), batch=2, augmentation=SMALL, texts=5), 1)
     assert batch.text[:, 3:].abs().max() == 0
@@ -174,6 +191,58 @@ def test_drawing_batches_leaves_the_global_random_numbers_alone(tmp_path: Path) 
     assert torch.equal(torch.rand(1), expected)
 
 
+# --- the fingerprint ---
+
+
+def test_the_fingerprint_is_the_same_elsewhere_and_with_other_workers(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    first = DetectionBatches(mixed_data(here), batch=2, augmentation=SMALL).fingerprint
+    shutil.copytree(here, there)
+    assert DetectionBatches(read_data(there / "data.yaml"), batch=2, augmentation=SMALL, workers=2).fingerprint == first
+    assert 8 <= len(first) <= 32
+
+
+def spoil_annotations(folder: Path) -> None:
+    path = folder / "animals" / "annotations.json"
+    path.write_text(path.read_text().replace("[4, 8, 30, 40]", "[4, 8, 30, 41]"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        spoil_annotations,
+        lambda folder: write_vocabulary(folder / "phrases.npz", reversed(PHRASES)),
+        lambda folder: mixed_data(folder, weight=2.0),
+        lambda folder: (folder / "data.yaml").write_text(
+            (folder / "data.yaml").read_text().replace("animals/pictures", "animals/pictures\n  classes: [dog, cat, bird]")
+        ),
+        lambda folder: (folder / "data.yaml").write_text(f"{(folder / 'data.yaml').read_text()}padding: cat 8\n"),
+    ],
+    ids=["annotations", "vocabulary", "weight", "classes", "padding"],
+)
+def test_the_fingerprint_follows_what_decides_the_batches(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    before = DetectionBatches(mixed_data(tmp_path), batch=2).fingerprint
+    change(tmp_path)
+    assert DetectionBatches(read_data(tmp_path / "data.yaml"), batch=2).fingerprint != before
+
+
+def test_the_fingerprint_follows_the_texts_of_the_classes(tmp_path: Path) -> None:
+    found = set()
+    for listed in ('[["cat"], ["dog"], ["bird"]]', '[["cat", "dog"], ["dog"], ["bird"]]'):
+        config = coco_data(tmp_path, texts="texts.json")
+        (tmp_path / "texts.json").write_text(listed)
+        found.add(DetectionBatches(config, batch=2).fingerprint)
+    assert len(found) == 2
+
+
+def test_the_fingerprint_follows_the_settings(tmp_path: Path) -> None:
+    config = coco_data(tmp_path)
+    others = ({"batch": 3}, {"texts": 5}, {"seed": 1}, {"mosaic_until": 9}, {"augmentation": PLAIN})
+    found = [DetectionBatches(config, **({"batch": 2} | other)).fingerprint for other in ({}, *others)]
+    assert len(set(found)) == len(found)
+
+
 # --- mixing ---
 
 
@@ -211,6 +280,18 @@ def test_a_weight_is_how_often_an_epoch_shows_a_picture(tmp_path: Path) -> None:
     assert sorted(counts[level] for level in range(10)) == [2] * 5 + [3] * 5
     assert sum(counts[level] for level in range(100, 120)) == 5
     assert max(counts[level] for level in range(100, 120)) == 1
+
+
+def test_another_epoch_repeats_other_pictures_of_a_fractional_weight() -> None:
+    sets = [Numbered(0, 40)]
+    samples = Samples(sets, [1.5], batch=4, texts=1, augmentation=PLAIN, mosaic_until=0, seed=0)
+    levels = [int(samples.sample(*divmod(place, 4))[0].image[32, 32, 0]) for place in range(120)]
+    counts = [Counter(levels[:60]), Counter(levels[60:])]
+    first, second = ({level for level, count in epoch.items() if count == 2} for epoch in counts)
+    assert [set(epoch) for epoch in counts] == [set(range(40))] * 2
+    assert len(first) == len(second) == 20
+    assert first != second
+    assert max(first | second) >= 30  # and no set of the first ones
 
 
 def test_sets_are_shuffled_together_and_anew_each_epoch(tmp_path: Path) -> None:
@@ -337,6 +418,29 @@ def test_a_set_of_pictures_too_small_to_train_on_is_an_error(tmp_path: Path) -> 
         DetectionBatches(config, batch=1)
 
 
+@pytest.mark.parametrize("spoilt", [{"iscrowd": 1}, {"bbox": [WIDTH + 20, 0, 10, 10]}], ids=["crowds", "outside"])
+@pytest.mark.parametrize("write", [write_coco, write_grounding])
+def test_a_set_without_a_box_to_train_on_is_an_error_that_names_it(
+    tmp_path: Path, write: Callable[..., tuple[Path, Path]], spoilt: dict[str, Any]
+) -> None:
+    mixed_data(tmp_path)
+    name = "grounding" if write is write_grounding else "animals"
+    write(tmp_path / name, change=lambda content: [annotation.update(spoilt) for annotation in content["annotations"]] and None)
+    with pytest.raises(UserError, match=rf"{name}.annotations.json: has no box to train on"):
+        DetectionBatches(read_data(tmp_path / "data.yaml"), batch=1)
+
+
+def test_boxes_on_pictures_too_small_to_train_on_do_not_count(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["images"][1].update(width=20)
+        content["annotations"] = [annotation for annotation in content["annotations"] if annotation["image_id"] == 101]
+
+    config = coco_data(tmp_path, 2)
+    write_coco(tmp_path / "animals", 2, change)
+    with pytest.raises(UserError, match="has no box to train on"):
+        DetectionBatches(config, batch=1)
+
+
 def test_senseless_numbers_are_errors(tmp_path: Path) -> None:
     config = coco_data(tmp_path)
     for numbers in ({"batch": 0}, {"batch": 1, "texts": 0}, {"batch": 1, "workers": -1}, {"batch": 1, "seed": -1}):
@@ -363,6 +467,31 @@ def test_the_texts_needed_are_all_captions_and_the_names_evaluation_asks_for(tmp
     config = write_data(tmp_path, train=[animals, grounding], val=animals | {"texts": "texts.json"})
     verbatim = {text: text for text in (*NAMES, *PHRASES[:6])}
     assert texts_needed(config) == verbatim | {"cat/kitty": "cat", "cat/wolf": "cat"}
+
+
+def test_the_padding_is_needed_as_the_empty_text_s_embedding(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    config = write_data(tmp_path, padding="(empty)", train={"annotations": "annotations.json", "pictures": "pictures"})
+    assert texts_needed(config) == {"(empty)": "", "bird": "bird", "cat": "cat", "dog": "dog"}
+
+
+def test_a_padding_that_is_a_text_of_a_set_is_an_error(tmp_path: Path) -> None:
+    coco_data(tmp_path)
+    config = write_data(
+        tmp_path, vocabularies="v.npz", padding="dog", train={"annotations": "animals/annotations.json", "pictures": "animals/pictures"}
+    )
+    for use in (texts_needed, lambda config: DetectionBatches(config, batch=1)):
+        with pytest.raises(UserError, match="padding 'dog' is a text of its sets"):
+            use(config)
+
+
+def test_a_padding_without_an_embedding_is_an_error(tmp_path: Path) -> None:
+    coco_data(tmp_path)
+    config = write_data(
+        tmp_path, vocabularies="v.npz", padding="(none)", train={"annotations": "animals/annotations.json", "pictures": "animals/pictures"}
+    )
+    with pytest.raises(UserError, match=r"padding '\(none\)' is in none of the vocabularies; .*crqat-fx embed"):
+        DetectionBatches(config, batch=1)
 
 
 def test_the_set_to_evaluate_on_is_opened_in_its_format(tmp_path: Path) -> None:

@@ -105,15 +105,14 @@ def test_the_classification_loss_is_bce_against_the_assigned_scores() -> None:
     assert losses.cls.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_masked_texts_take_no_part() -> None:
+def test_a_text_that_only_pads_costs_as_one_more_negative() -> None:
     logits, bins = outputs()
-    whole, _ = detection_loss(logits, bins, truth_of([(0, 4, 4, 30, 30)], [(1, 0, 0, 64, 64)]))
-    padded = [torch.cat([level, torch.full_like(level[:, :2], 3.0)], 1) for level in logits]
-    mask = torch.tensor([[True, True, True, False, False]] * 2)
-    masked, _ = detection_loss(padded, bins, truth_of([(0, 4, 4, 30, 30)], [(1, 0, 0, 64, 64)]), mask)
-    unmasked, _ = detection_loss(padded, bins, truth_of([(0, 4, 4, 30, 30)], [(1, 0, 0, 64, 64)]))
-    assert masked.cls.item() == pytest.approx(whole.cls.item(), rel=1e-6)
-    assert unmasked.cls.item() > whole.cls.item()
+    whole, assignment = detection_loss(logits, bins, TRUTH)
+    padded, _ = detection_loss([torch.cat([level, torch.full_like(level[:, :1], 3.0)], 1) for level in logits], bins, TRUTH)
+    padding = torch.full((2, sum(side * side for side in LEVELS)), 3.0)
+    cost = 2 * 0.5 * F.softplus(padding).sum() / max(assignment.scores.sum().item(), 1)
+    assert padded.cls.item() - whole.cls.item() == pytest.approx(cost.item(), rel=1e-4)
+    assert (padded.box.item(), padded.dfl.item()) == (whole.box.item(), whole.dfl.item())
 
 
 def test_the_losses_are_float32_under_autocast_and_as_exact_as_without() -> None:

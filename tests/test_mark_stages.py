@@ -1,6 +1,7 @@
 """mark-stages: the partition equals the module names' on every preset, and is told without them."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch.fx import GraphModule, symbolic_trace
 from crqat_fx.models import yolo_world
 from crqat_fx.models.yolo_world import SIZES, Concat, build
 from crqat_fx.pipelines import mark_stages, passes_in_order, prepare_passes
-from crqat_fx.trace import LEAVES, LeafTracer, trace
+from crqat_fx.trace import LEAVES, LeafTracer, trace_unproved
 from passes.base import PassError
 from passes.fx.graph import STAGE, format_graph, owners_of
 from passes.fx.mark_stages import stages_of
+from passes.fx.mark_whole import MarkWhole
 
 PARTS = {"backbone": "backbone", "neck": "neck", "bbox_head": "head"}  # what the module names say
 TWO = {"backbone": "backbone", "neck": "neck-head", "head": "neck-head"}
@@ -22,7 +24,7 @@ TWO = {"backbone": "backbone", "neck": "neck-head", "head": "neck-head"}
 
 def traced_on_meta(size: str, version: int) -> GraphModule:
     with torch.device("meta"):
-        return trace(build(size, version), examples=[])
+        return trace_unproved(build(size, version))
 
 
 def truth(graph: GraphModule) -> dict[str, str]:
@@ -244,6 +246,97 @@ def test_marks_and_changes_nothing_else(stages):
     check_pass(mark_stages(stages), tiny(), *inputs, before=unmarked, after=after, rewrites=18)
 
 
+class AsksForShapes(Tiny):
+    """Shapes are asked for in the pyramid, at its end and behind it; some by those who are dead."""
+
+    def pyramid(self, x: Tensor) -> Tensor:
+        y = self.pool(x)
+        z = self.pool(y)
+        batch = y.shape[0]
+        joined = self.concat(x, y, z, self.pool(z)).reshape(batch, 16, z.size(2), 4)
+        joined.size()
+        end = self.end(joined)
+        return end.view(end.shape)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_who_asks_for_a_shape_neither_hides_the_pyramid_nor_ends_the_backbone(stages):
+    plain, asking = tiny(), tiny(AsksForShapes)
+    mark_stages(stages)(plain)
+    mark_stages(stages)(asking)
+    expected = {str(node.target): node.meta[STAGE] for node in plain.graph.find_nodes(op="call_module")}
+    assert {str(node.target): node.meta[STAGE] for node in asking.graph.find_nodes(op="call_module")} == expected
+    assert {node.meta[STAGE] for node in asking.graph.nodes if node.target in ("view", "reshape")} == {"backbone"}
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_parameter_that_two_heads_share_is_the_necks_and_one_that_the_uncounted_share_goes_with_its_earliest_reader(stages):
+    class Shares(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counted, self.uncounted = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+        def forward(self, images: Tensor, text: Tensor):
+            x = self.neck(self.pyramid(self.stem(images)), text)
+            logits, bins, regions = self.logits(x), self.bins(x), x.neg()
+            return (logits * self.counted,), (bins * self.counted,), (regions * self.uncounted, logits.neg() * self.uncounted)
+
+    graph = tiny(Shares)
+    mark_stages(stages)(graph)
+    found = {str(node.target): node.meta[STAGE] for node in graph.graph.find_nodes(op="get_attr")}
+    neck = "neck" if stages == 3 else "neck-head"
+    assert found == {"counted": neck, "uncounted": neck}
+    assert [node.meta[STAGE] for node in graph.graph.find_nodes(op="call_method", target="neg")] == [
+        neck,
+        TWO["head"] if stages == 2 else "head",
+    ]
+
+
+def test_what_nobody_needs_goes_with_the_latest_that_it_reads_and_an_unused_input_with_the_backbone():
+    class Idle(Tiny):
+        def forward(self, images: Tensor, text: Tensor, unused: Tensor):
+            found = super().forward(images, text)
+            stem = self.stem(images)
+            torch.add(stem, found[0][0])
+            torch.sub(stem, stem)
+            return found
+
+    graph = tiny(Idle)
+    mark_stages(3)(graph)
+    assert {name: marks(graph)[name] for name in ("unused", "add", "sub")} == {"unused": "backbone", "add": "head", "sub": "backbone"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "reason"),
+    [
+        ("stem", "head", "pool (backbone) reads head"),
+        ("logits", "backbone", "logits (backbone) reads neck"),
+        ("end", None, "end is marked None, not one of backbone, neck, head"),
+        ("end", "whole", "end is marked whole"),
+    ],
+)
+def test_marks_that_are_not_what_the_pass_promises_are_refused(name, stage, reason):
+    graph, marking = tiny(), mark_stages(3)
+    marking(graph)
+    marking.ensures(graph)
+    (node,) = graph.graph.find_nodes(op="call_module", target=name)
+    node.meta[STAGE] = stage
+    with pytest.raises(PassError) as caught:
+        marking.ensures(graph)
+    assert reason in str(caught.value)
+
+
+def test_says_at_debug_where_the_backbone_ends_and_what_only_looks_like_its_end(caplog):
+    class AlmostTwo(Tiny):
+        def pyramid(self, x: Tensor) -> Tensor:
+            return super().pyramid(self.concat(x, x, x, self.pool(x))[:, :4])
+
+    with caplog.at_level(logging.DEBUG, logger="passes.fx"):
+        mark_stages(3)(tiny(AlmostTwo))
+    assert "mark-stages: the backbone ends with end, which flatten, guided read" in caplog.messages
+    assert "no PoolingPyramid at concat: stem is not as pool is there" in caplog.messages
+
+
 class NoPyramid(Tiny):
     def pyramid(self, x):
         return self.end(self.concat(x, x, x, x))
@@ -340,3 +433,11 @@ def test_the_whole_graph_is_the_golden_one(size, version):
     graph = traced_on_meta(size, version)
     prepare_passes(3)(graph)
     check_golden(f"{size}-v{version}", format_graph(graph))
+
+
+def test_a_graph_without_parts_is_one_stage_and_is_not_changed():
+    whole = "\n".join(line.partition("  # ")[0] + "  # whole" if line.strip() else line for line in TINY.splitlines())
+    unmarked = "\n".join(line.partition("  # ")[0] for line in TINY.splitlines())
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(2, 3, 4, 4, generator=generator), torch.rand(2, 3, 4, generator=generator)
+    check_pass(MarkWhole(), tiny(), *inputs, before=unmarked, after=whole, rewrites=18)

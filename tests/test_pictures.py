@@ -1,5 +1,6 @@
 """Reading pictures, finding them, and the letterbox."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from crqat_fx import pictures
 from crqat_fx.errors import UserError
+from crqat_fx.headers import declared_size, frame_count, orientation
 from crqat_fx.pictures import Source, count_pictures, find_sources, letterbox, read_frames, read_picture, read_source
 
 RNG = np.random.default_rng(0)
@@ -45,7 +47,8 @@ def png(width: int, height: int, depth: int, kind: int, rows: bytes, **chunks: b
 
 
 def video(path: Path, frames: int = 4) -> Path:
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    code = {".avi": "MJPG", ".flv": "FLV1", ".mkv": "MJPG", ".webm": "VP80", ".wmv": "WMV2"}.get(path.suffix, "mp4v")
+    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*code), 10, (64, 48))
     for index in range(frames):
         writer.write(np.full((48, 64, 3), (40 * index, 0, 255 - 40 * index), np.uint8))
     writer.release()
@@ -63,6 +66,32 @@ def test_turns_a_picture_upright_as_opencv_does(tmp_path, suffix, orientation, o
     expected = cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
     assert expected.shape == ((7, 5, 3) if orientation >= 5 else (5, 7, 3))
     np.testing.assert_array_equal(read_picture(path), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turns_an_avif_upright_by_its_own_properties_alone(tmp_path, orientation):
+    samples = np.zeros((40, 56, 3), np.uint8)
+    samples[:20, :28], samples[:20, 28:], samples[20:, :28] = (0, 0, 255), (0, 255, 0), (255, 0, 0)
+    expected = read_picture(with_exif(tmp_path / "turned.png", samples, orientation, ">"))
+    path = with_exif(tmp_path / "turned.avif", samples, orientation, ">")  # its writer puts the orientation into the properties too
+    tag = struct.pack(">HHIH", 0x0112, 3, 1, orientation)
+    content = path.read_bytes()
+    assert content.count(tag) == 1
+    for other in (1, 6):  # what Exif says must not count
+        path.write_bytes(content.replace(tag, struct.pack(">HHIH", 0x0112, 3, 1, other)))
+        read = read_picture(path)
+        assert read.shape == expected.shape
+        assert np.abs(read.astype(int) - expected).mean() < 20
+
+
+def test_reads_an_avif_whose_properties_make_no_sense(tmp_path):
+    content = with_exif(tmp_path / "turned.avif", noise(40, 56), 6, ">").read_bytes()
+    generator = np.random.default_rng(3)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in generator.integers(0, content.index(b"mdat"), 4):
+            damaged[place] = generator.integers(256)
+        assert declared_size(bytes(damaged)) is None or orientation(bytes(damaged), b"") in range(1, 9)
 
 
 def test_lays_a_transparent_picture_on_the_grey_of_the_padding(tmp_path):
@@ -175,7 +204,7 @@ def test_refuses_a_folder_a_missing_file_and_floating_point_samples(tmp_path):
         read_picture(saved(tmp_path / "light.tiff", RNG.random((4, 4, 3), dtype=np.float32)))
 
 
-@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".jp2", ".jpg", ".png", ".tiff", ".webp"])
+@pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".jp2", ".jpg", ".png", ".tiff", ".webp"])
 def test_decodes_nothing_whose_header_declares_too_many_pixels(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 32 * 48 - 1)
     assert read_picture(saved(tmp_path / f"small{suffix}", noise(32, 47))).shape == (32, 47, 3)
@@ -254,6 +283,44 @@ def test_a_place_without_pictures_is_an_error_that_names_it(tmp_path, place, wha
     assert str(tmp_path / place) in str(raised.value)
 
 
+def test_says_that_all_there_is_lies_where_results_go(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    for place in (tmp_path / "photos", tmp_path / "photos" / "*.png"):
+        with pytest.raises(
+            UserError, match=r"holds pictures or videos, but they lie in .*photos, where results go; choose another"
+        ) as raised:
+            find_sources([place], without=tmp_path / "photos")
+        assert str(raised.value).startswith(str(place))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match="holds no picture or video"):
+        find_sources([tmp_path / "notes"], without=tmp_path / "notes")
+
+
+@pytest.mark.parametrize("suffix", [".png", "", "/*.png"])
+def test_a_path_longer_than_any_is_an_error_of_one_line(tmp_path, suffix):
+    with pytest.raises(UserError, match=r"cannot be read|does not exist|holds no picture") as raised:
+        find_sources([f"{tmp_path}/{'x' * 300}{suffix}"])
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"cannot be read|is not a file"):
+        read_picture(tmp_path / f"{'x' * 300}.png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of paths")
+def test_a_file_in_a_folder_that_cannot_be_looked_at_is_found_and_fails_when_read(tmp_path, monkeypatch):
+    folder = tmp_path
+    monkeypatch.chdir(folder)
+    while len(str(folder)) < 4000:  # paths may have 4095 bytes
+        folder = folder / "deep"
+        os.mkdir("deep")  # noqa: PTH102 (an absolute path would be too long at the end)
+        os.chdir("deep")
+    Path(f"{'x' * 120}.png").write_bytes(b"x")
+    found = find_sources([folder])
+    assert [source.name for source in found] == [f"{'x' * 120}.png"]
+    with pytest.raises(UserError, match=r"cannot be read \(File name too long\)"):
+        list(read_source(found[0]))
+
+
 def test_no_place_at_all_is_an_error():
     with pytest.raises(UserError, match="no picture is named"):
         find_sources([])
@@ -288,6 +355,106 @@ def test_refuses_what_is_no_video(tmp_path, content, what):
     with pytest.raises(UserError, match=what):
         list(read_frames(path))
     assert count_pictures([Source(path, "film.mp4")]) == 1
+
+
+def cut(path: Path, share: float = 0.5) -> Path:
+    """The beginning of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def frames_until_error(path: Path, what: str) -> int:
+    frames: list[np.ndarray] = []
+    with pytest.raises(UserError, match=what) as raised:
+        frames.extend(read_frames(path))
+    assert str(raised.value).startswith(str(path))
+    return len(frames)
+
+
+def test_a_video_that_is_cut_short_ends_in_an_error_after_its_frames(tmp_path):
+    count = frames_until_error(cut(video(tmp_path / "film.avi", 30)), r"cut short: \d+ of the 30 frames that it declares can be decoded")
+    assert 0 < count < 30
+    count = frames_until_error(cut(video(tmp_path / "film.mkv", 30)), r"cut short: it ends after \d\.\d of the 3\.0 s that it declares")
+    assert 0 < count < 27
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mov", ".mp4"])
+def test_a_video_with_damage_in_its_middle_ends_in_an_error(tmp_path, suffix):
+    path = video(tmp_path / f"film{suffix}", 30)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.write_bytes(content)
+    assert 5 < frames_until_error(path, "of the 30 frames that it declares can be decoded") < 30
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".flv", ".mkv", ".mov", ".mp4", ".ts", ".webm", ".wmv"])
+def test_a_sound_video_of_any_container_is_read_to_its_end(tmp_path, suffix):
+    assert len(list(read_frames(video(tmp_path / f"film{suffix}", 30)))) == 30
+
+
+def test_frames_that_an_edit_of_an_mp4_leaves_out_are_not_missed(tmp_path):
+    path = video(tmp_path / "film.mp4", 30)
+    assert frame_count(path) == "exact"
+    content = bytearray(path.read_bytes())
+    edit = content.index(b"elst") + 12
+    length, start = struct.unpack_from(">Ii", content, edit)
+    struct.pack_into(">I", content, edit, length // 2)
+    path.write_bytes(content)
+    assert start == 0
+    assert frame_count(path) == "unknown"
+    assert len(list(read_frames(path))) == 15
+
+
+def test_an_index_of_a_video_that_makes_no_sense_tells_nothing(tmp_path):
+    path = video(tmp_path / "film.mp4", 3)
+    content = path.read_bytes()
+    generator = np.random.default_rng(5)
+    told = set()
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in generator.integers(content.index(b"moov") - 4, len(content), 8):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged)
+        told.add(frame_count(path))
+    assert told == {"exact", "unknown"}
+
+
+def test_ffmpeg_keeps_its_own_lines_to_itself(tmp_path):
+    path = video(tmp_path / "film.mp4", 30)
+    content = bytearray(path.read_bytes())
+    frames = content.index(b"mdat")
+    content[frames + 400 : frames + 800] = bytes(400)
+    path.write_bytes(content)
+    code = """
+import os, sys
+import cv2
+from crqat_fx.errors import UserError
+from crqat_fx.pictures import read_frames
+if sys.argv[2] == "loud":
+    cv2.VideoCapture(sys.argv[1], cv2.CAP_FFMPEG).read()  # OpenCV asks once how loud FFmpeg shall be
+before = dict(os.environ)
+try:
+    print(sum(1 for _ in read_frames(sys.argv[1])))
+except UserError as error:
+    print(error)
+assert dict(os.environ) == before
+"""
+    runs = [subprocess.run([sys.executable, "-c", code, str(path), how], capture_output=True, text=True) for how in ("quiet", "loud")]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert runs[0].stderr == ""
+    assert runs[1].stderr != ""  # the damage is one that FFmpeg speaks of
+    assert runs[0].stdout == runs[1].stdout
+    assert "of the 30 frames that it declares can be decoded" in runs[0].stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_file_whose_name_is_no_text_is_read_or_refused(tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    assert read_picture(saved(Path(f"{odd}.png"), noise(3, 4))).shape == (3, 4, 3)
+    video(tmp_path / "film.avi").rename(f"{odd}.avi")
+    with pytest.raises(UserError, match="a video whose name is not UTF-8, which OpenCV cannot open"):
+        list(read_frames(Path(f"{odd}.avi")))
 
 
 def test_never_takes_a_broken_video_for_a_series_of_pictures(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from crqat_fx.errors import UserError
-from crqat_fx.recipe import FLOAT, PRESETS, QuantRecipe, QuantRule, preset, recipe_named, target_named
+from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET, FLOAT, PRESETS, QuantRecipe, QuantRule, preset, recipe_named, target_named
 from passes.spec import QuantSpec
 
 WEIGHT, ACTIVATION, ATTENTION = QuantSpec(4, symmetric=True, channel_axis=0), QuantSpec(4), QuantSpec(8, channel_axis=1)
@@ -153,3 +153,27 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
     assert target_named("ort").name == "ort"
     with pytest.raises(UserError, match="choose one of ort, conv-inputs"):
         target_named("tpu")
+
+
+def test_sharing_scales_is_written_where_it_is_said_and_read_again(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for share in (None, True, False):
+        recipe = QuantRecipe((QuantRule("*", WEIGHT),), share_scales=share)
+        recipe.save(path)
+        assert ("share_scales" in path.read_text(encoding="utf-8")) == (share is not None)
+        assert QuantRecipe.load(path) == recipe
+    path.write_text("rules: [{modules: x}]\nshare_scales: always", encoding="utf-8")
+    with pytest.raises(UserError, match="share_scales is 'always'"):
+        QuantRecipe.load(path)
+
+
+def test_processors_without_wide_sums_get_weights_of_seven_bits_under_ort():
+    assert (target_named("ort").weight_bits, target_named("ort", "vnni").weight_bits) == (7, 8)
+    assert target_named("conv-inputs").weight_bits == 8
+    with pytest.raises(UserError, match="choose one of any, vnni"):
+        target_named("ort", "neon")
+
+
+def test_the_default_recipe_and_target_are_known():
+    assert preset(DEFAULT_RECIPE) == preset("4-8-8-int")
+    assert target_named(DEFAULT_TARGET).name == "ort"

@@ -63,6 +63,8 @@ def test_what_is_written_beside_a_result_reads_back_as_the_same_settings(tmp_pat
         ("amp: fp8", "amp is 'fp8'; give one of off, bf16"),
         ("- 1", "is not a mapping"),
         ("a: [", "is no readable YAML"),
+        ("rate: 2020-13-45", "is no readable YAML"),
+        ("[" * 3000, "is no readable YAML"),
         ("!!python/object/apply:os.system ['true']", "is no readable YAML"),
     ],
 )
@@ -110,4 +112,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"file/result\.txt: cannot be written"), written(tmp_path / "file" / "result.txt"):
         pass
     with pytest.raises(UserError, match="is a folder"), written(tmp_path):
+        pass
+    with pytest.raises(UserError, match="cannot be written"), written(tmp_path / ("long" * 100)):
         pass

@@ -6,6 +6,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -238,6 +239,51 @@ def test_an_object_is_drawn_in_the_colour_of_its_name():
             assert list(COLOURS)[nearest] == colour
 
 
+class Bare(ShapesTask):
+    """The task with nothing in its pictures but what lies behind the objects."""
+
+    def layout(self, split: str, index: int) -> tuple[Piece, ...]:
+        return ()
+
+
+BARE = [Bare().draw("train", index).image for index in range(120)]
+
+
+def test_the_ground_is_a_gradient():
+    """Its coarse brightness varies in every picture."""
+    coarse = [cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA).mean(axis=2).std() for image in BARE]
+    assert min(coarse) > 8
+    assert 20 < np.median(coarse) < 40
+
+
+def straight_edges(image: np.ndarray) -> int:
+    """Edges of at least 50 px that are no noise."""
+    soft = cv2.medianBlur(image, 7)
+    edges = np.max([cv2.Canny(np.ascontiguousarray(soft[:, :, channel]), 40, 80) for channel in range(3)], axis=0)
+    found = cv2.HoughLinesP(edges, 1, np.pi / 180, 40, minLineLength=50, maxLineGap=3)
+    return 0 if found is None else len(found)
+
+
+def test_lines_clutter_the_ground_of_most_pictures_and_of_some_not():
+    counts = np.array([straight_edges(image) for image in BARE])
+    assert 0.6 < (counts > 0).mean() < 0.95
+    assert np.median(counts) >= 2
+
+
+def test_there_is_fine_and_coarse_grain_on_the_ground():
+    """Neighbours differ as much as pixels that are far apart where the grain is of one pixel, and much less where it is of four."""
+    strength, fineness = [], []
+    for image in BARE:
+        rest = image.astype(np.float32)
+        rest -= cv2.blur(rest, (15, 15))
+        apart = float(np.median(np.abs(rest[:, 6:] - rest[:, :-6])))
+        strength.append(apart)
+        fineness.append(float(np.median(np.abs(rest[:, 1:] - rest[:, :-1]))) / apart)
+    assert 5 < np.median(strength) < 15
+    assert 0.2 < np.mean(np.array(fineness) > 0.6) < 0.5
+    assert 0.2 < np.mean(np.array(fineness) < 0.35) < 0.5
+
+
 # --- training batches ---
 
 
@@ -285,6 +331,15 @@ def test_a_step_gives_the_same_batch_wherever_the_run_starts_and_however_little_
         assert torch.equal(expected.truth.boxes, found.truth.boxes)
         assert torch.equal(expected.truth.labels, found.truth.labels)
     assert not torch.equal(whole[0].images, next(ShapesBatches(TASK, count=12, batch=4, seed=6).batches()).images)
+
+
+def test_the_fingerprint_follows_what_decides_the_batches():
+    first = ShapesBatches(TASK, count=12).fingerprint
+    assert ShapesBatches(ShapesTask(0, 160), count=12, memory=1 << 20).fingerprint == first
+    others = ({"batch": 4}, {"texts": 30}, {"seed": 1}, {"split": "calibration"}, {"flip": 0.0}, {"brightness": 0.0}, {"count": 13})
+    found = [ShapesBatches(TASK, **({"count": 12} | other)).fingerprint for other in others]
+    found += [ShapesBatches(task, count=12).fingerprint for task in (ShapesTask(1), ShapesTask(size=192))]
+    assert len({first, *found}) == 1 + len(found)
 
 
 def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own():

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn_sets import write_coco, write_data
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from crqat_fx.data.config import texts_needed
 from crqat_fx.errors import UserError
 from crqat_fx.models import text
 from crqat_fx.models.text import embed
@@ -307,6 +309,13 @@ def test_an_official_file_needs_a_tokenizer(made, tmp_path):
         embed(NAMES, official_file(tmp_path / "full.pth", state_of(made)))
 
 
+def test_a_path_longer_than_any_is_refused_in_one_line(made, tmp_path):
+    for encoder, tokenizer in ((tmp_path / ("x" * 300), None), (tmp_path / ("x" * 300), made), (made, tmp_path / ("x" * 300))):
+        with pytest.raises(UserError, match=r"x{300}: (cannot be read|is no folder|does not exist)") as raised:
+            embed(["cat"], encoder, tokenizer)
+        assert "\n" not in str(raised.value)
+
+
 def test_an_encoder_that_is_not_there_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         embed(NAMES, tmp_path / "none.pth", made)
@@ -338,3 +347,18 @@ def test_without_transformers_the_message_says_what_to_install(made, monkeypatch
     spec.loader.exec_module(fresh)
     with pytest.raises(UserError, match=r"needs transformers.*; run `pip install 'crqat-fx\[clip\]'`"):
         fresh.embed(NAMES, made)
+
+
+def test_the_padding_of_a_data_yaml_is_embedded_as_the_empty_text(made, tmp_path):
+    write_coco(tmp_path, 1)
+    sets = {"annotations": "annotations.json", "pictures": "pictures"}
+    needed = texts_needed(write_data(tmp_path, padding="(empty)", train=sets))
+    vocabulary = embed(tuple(needed), made, prompts=list(needed.values()))
+    model = CLIPTextModelWithProjection.from_pretrained(made, local_files_only=True).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(made, local_files_only=True)
+    with torch.no_grad():
+        rows = {text: model(**tokenizer([text], return_tensors="pt")).text_embeds for text in ("", "(empty)")}
+    expected, other = (torch.nn.functional.normalize(rows[text], dim=1).numpy()[0] for text in ("", "(empty)"))
+    found = vocabulary.embeddings[vocabulary.names.index("(empty)")]
+    assert np.abs(found - expected).max() < 2e-6
+    assert np.abs(found - other).max() > 0.01

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from crqat_fx.data.texts import PADDING, merged, sample_texts
+from crqat_fx.data.texts import EMPTY, merged, sample_texts
 
 CLASSES = tuple((f"class {i}",) for i in range(200))
 
@@ -41,7 +41,7 @@ def test_a_caption_is_drawn_among_the_synonyms() -> None:
 def test_slots_beyond_the_classes_are_empty_and_last() -> None:
     texts, slots = sample_texts(np.array([1, 0]), CLASSES[:3], 5, np.random.default_rng(1))
     assert sorted(texts[:3]) == ["class 0", "class 1", "class 2"]
-    assert texts[3:] == (PADDING, PADDING)
+    assert texts[3:] == (EMPTY, EMPTY)
     assert [texts[slot] for slot in slots] == ["class 1", "class 0"]
 
 
@@ -54,7 +54,7 @@ def test_more_classes_than_slots_leave_some_out() -> None:
 
 def test_a_picture_without_boxes_and_classes_has_empty_texts() -> None:
     texts, slots = sample_texts(np.zeros(0, np.int64), (), 3, np.random.default_rng(0))
-    assert texts == (PADDING,) * 3
+    assert texts == (EMPTY,) * 3
     assert slots.shape == (0,)
 
 

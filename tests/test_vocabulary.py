@@ -341,3 +341,10 @@ def test_an_unsound_names_file_is_refused(tmp_path, file, content, message):
 def test_a_names_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_names(tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize("read", [Vocabulary.load, read_names])
+def test_a_path_longer_than_any_is_an_error_of_one_line(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(UserError, match=r"cannot be read|no such file") as raised:
+        read(tmp_path / ("x" * 300))
+    assert "\n" not in str(raised.value)

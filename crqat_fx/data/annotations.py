@@ -75,7 +75,7 @@ class Pictures:
         parts = PurePosixPath(self.names[index]).parts
         for tail in (parts, parts[-2:], parts[-1:]):
             path = self.folder.joinpath(*tail)
-            if path.is_file():
+            if _is_file(path):
                 return path
         raise UserError(
             "the picture file is missing", where=self.folder / self.names[index], remedy="check the `pictures` folder of the set"
@@ -219,6 +219,12 @@ class AnnotatedSet:
         self.indices = trainable(self._pictures)
 
     @property
+    def trained_boxes(self) -> int:
+        """How many boxes the pictures that training draws from have."""
+        picture_of = np.repeat(np.arange(len(self)), np.diff(self._boxes.offsets))
+        return int(np.count_nonzero(self._boxes.trained & np.isin(picture_of, self.indices)))
+
+    @property
     def skipped(self) -> Counter[str]:
         return self._tally.skipped
 
@@ -295,6 +301,13 @@ def _file_name(entry: Mapping[str, Any]) -> str | None:
     if not parts or ".." in parts or any("\0" in part for part in parts):
         return None
     return "/".join(parts)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the system knows, a folder that may not be entered: there is no such picture for us
+        return False
 
 
 def _annotation_name(annotation: Any, position: int) -> str:

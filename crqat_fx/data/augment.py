@@ -19,6 +19,8 @@ import numpy as np
 
 from crqat_fx.pictures import PADDING, letterbox
 
+_LONGEST = 32_766  # the longest side of a picture that OpenCV warps
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -123,13 +125,24 @@ def _paste(image: np.ndarray, result: np.ndarray, scale: float, offset: np.ndarr
     left, top, right, bottom = (int(edge) for edge in np.clip(np.ceil(part - 0.5), 0, size))
     if left >= right or top >= bottom:
         return
+    image, shrinkage = _warpable(image)
+    scales = scale / shrinkage
     # Of the source, the place under the first pixel's centre; OpenCV counts from the centre of pixel 0.
-    start = (np.array([left, top]) + 0.5 - offset) / scale - 0.5
-    matrix = np.array([[1 / scale, 0, start[0]], [0, 1 / scale, start[1]]])
+    start = (np.array([left, top]) + 0.5 - offset) / scales - 0.5
+    matrix = np.array([[1 / scales[0], 0, start[0]], [0, 1 / scales[1], start[1]]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     result[top:bottom, left:right] = cv2.warpAffine(
         image, matrix, (right - left, bottom - top), flags=flags, borderMode=cv2.BORDER_REPLICATE
     )
+
+
+def _warpable(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The picture, shrunk where it is longer than OpenCV warps, and how much in x and y."""
+    extent = np.array(image.shape[1::-1])
+    if extent.max() <= _LONGEST:
+        return image, np.ones(2)
+    shrunk = np.maximum(extent * _LONGEST // extent.max(), 1)
+    return cv2.resize(image, shrunk.tolist(), interpolation=cv2.INTER_AREA), shrunk / extent
 
 
 def _seen(boxes: np.ndarray, settings: Augmentation) -> tuple[np.ndarray, np.ndarray]:

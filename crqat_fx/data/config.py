@@ -1,7 +1,7 @@
 """`data.yaml`: what is trained on, what is evaluated on, and where the embeddings of their texts are.
 
     vocabularies: [objects365.npz, phrases.npz]  # one file or several; a text is looked up in them in this order
-    padding: "(empty)"                           # optional: the name in them whose embedding fills empty text slots; zeros otherwise
+    padding: "(empty)"                           # optional: the name in them whose embedding fills empty text slots
     train:                                       # one set or a list of sets
       - annotations: objects365/train.json
         pictures: objects365/train
@@ -18,10 +18,14 @@
       format: lvis
 
 Paths are relative to the file's folder. `train` or `val` may be left out where only the other is used.
+
+The published recipe fills empty text slots with the embedding of the empty text. With `padding` it is followed: `crqat-fx embed data.yaml`
+embeds the empty text under that name, which may be any that is no text of a set. Without `padding` the slots are zero, a deviation: the
+logits of an empty slot are then the bias alone.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,14 +118,23 @@ def open_vocabularies(config: DataConfig) -> list[Vocabulary]:
 def texts_needed(config: DataConfig) -> dict[str, str]:
     """Every text that training may draw and every name that evaluation asks for, each with the prompt to embed it by.
 
-    Phrases and synonyms stand for themselves; the name of a category is prompted by its first synonym.
+    Phrases and synonyms stand for themselves; the name of a category is prompted by its first synonym, `padding` by the empty text.
     """
     needed: dict[str, str] = {}
     if config.val is not None:
         needed |= {name: prompt(name) for name in open_validation(config).names}
     for one in config.train:
         needed |= {text: text for text in open_set(one).all_texts()}
+    if config.padding is not None:
+        refuse_padding(config, needed)
+        needed[config.padding] = ""
     return dict(sorted(needed.items()))
+
+
+def refuse_padding(config: DataConfig, texts: Container[str]) -> None:
+    """A UserError where `padding` is a text that something is called by."""
+    if config.padding in texts:
+        raise UserError(f"padding {config.padding!r} is a text of its sets", where=config.path, remedy="give a name that means nothing")
 
 
 def refuse_missing(texts: Iterable[str], known: Mapping[str, Any], where: Path) -> None:

@@ -6,11 +6,13 @@ every picture once, a random half of them twice), all sets shuffled together; ep
 pictures of a mosaic come from the set of the first, as published: what one set annotates another may leave out.
 """
 
+import hashlib
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from crqat_fx.data.augment import Augmentation, Boxed, augmented
 from crqat_fx.data.coco import Texts
-from crqat_fx.data.config import DataConfig, open_set, open_vocabularies, refuse_missing
-from crqat_fx.data.samples import Batch, Sample, collate
-from crqat_fx.data.texts import PADDING, merged, sample_texts
+from crqat_fx.data.config import DataConfig, open_set, open_vocabularies, refuse_missing, refuse_padding
+from crqat_fx.data.samples import Batch, Sample, collate, fingerprint_of
+from crqat_fx.data.texts import EMPTY, merged, sample_texts
 from crqat_fx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -74,10 +76,10 @@ class Samples:
     ) -> None:
         self.batch = batch
         self.texts = texts
+        self.augmentation = augmentation
+        self.mosaic_until = mosaic_until
+        self.seed = seed
         self._sets = tuple(sets)
-        self._augmentation = augmentation
-        self._mosaic_until = mosaic_until
-        self._seed = seed
         self._shown = [max(round(len(one.indices) * weight), 1) for one, weight in zip(sets, weights, strict=True)]
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -87,18 +89,18 @@ class Samples:
 
     def sample(self, step: int, slot: int) -> tuple[Sample, list[Broken]]:
         """The picture at a place of a step's batch, and the pictures that should have been in it and could not be read."""
-        rng = np.random.default_rng((self._seed, 1, step, slot))
+        rng = np.random.default_rng((self.seed, 1, step, slot))
         epoch, place = divmod(step * self.batch + slot, len(self))
         which, index = self._epoch(epoch)[place]
         dataset = self._sets[which]
         indices = [int(index)]
-        if self._mosaic_until is None or step < self._mosaic_until:
+        if self.mosaic_until is None or step < self.mosaic_until:
             indices += [int(other) for other in rng.choice(dataset.indices, 3)]
         broken: list[Broken] = []
         pictures, vocabularies = zip(*(_read(dataset, one, rng, broken) for one in indices), strict=True)
         classes, places = merged(vocabularies)
         relabelled = [replace(picture, labels=rows[picture.labels]) for picture, rows in zip(pictures, places, strict=True)]
-        result = augmented(relabelled, self._augmentation, rng)
+        result = augmented(relabelled, self.augmentation, rng)
         texts, slots = sample_texts(result.labels, classes, self.texts, rng)
         kept = slots >= 0
         return Sample(result.image, result.boxes[kept], slots[kept], texts), broken
@@ -106,7 +108,7 @@ class Samples:
     def _epoch(self, epoch: int) -> np.ndarray:
         """Rows (set, index) in the order of an epoch."""
         if self._order is None or self._order[0] != epoch:
-            rng = np.random.default_rng((self._seed, 0, epoch))
+            rng = np.random.default_rng((self.seed, 0, epoch))
             parts = []
             for which, (dataset, count) in enumerate(zip(self._sets, self._shown, strict=True)):
                 rounds, rest = divmod(count, len(dataset.indices))
@@ -141,6 +143,7 @@ class DetectionBatches:
                 raise UserError(f"{name} is {value}", remedy=f"give at least {least}")
         if not config.train:
             raise UserError("names no set to train on", where=config.path, remedy="add `train` with `annotations` and `pictures`")
+        self._config = config
         self._workers = workers
         self._start_method = start_method
         vocabularies = open_vocabularies(config)
@@ -152,7 +155,12 @@ class DetectionBatches:
         for one in sets:
             if not len(one.indices):
                 raise UserError("has no picture of at least 32 px to train on", where=one.annotations, remedy="give larger pictures")
-            refuse_missing(one.all_texts(), self._rows, one.annotations)
+            if not one.trained_boxes:
+                what = "has no box to train on: every one is a crowd, outside its picture, or on a picture under 32 px"
+                raise UserError(what, where=one.annotations, remedy="leave the set out, or give one with boxes of single objects")
+            texts_of_set = one.all_texts()
+            refuse_missing(texts_of_set, self._rows, one.annotations)
+            refuse_padding(config, texts_of_set)
         self.skipped: Counter[str] = sum((one.skipped for one in sets), Counter())
         self.repaired: Counter[str] = sum((one.repaired for one in sets), Counter())
         self._broken: set[str] = set()
@@ -174,6 +182,33 @@ class DetectionBatches:
     @property
     def text_width(self) -> int:
         return int(self._embeddings.shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash over what decides the batches: the sets' annotations and texts, their weights, the embeddings, the settings. The
+        pictures' files are not read, and where any file lies does not count; nor does the number of workers, which changes nothing."""
+        sets = [
+            {
+                "annotations": _digest(one.annotations),
+                "format": one.format,
+                "weight": one.weight,
+                "texts": _digest(one.texts) if one.texts is not None else None,
+                "classes": one.classes,
+            }
+            for one in self._config.train
+        ]
+        return fingerprint_of(
+            {
+                "sets": sets,
+                "vocabularies": [_digest(path) for path in self._config.vocabularies],
+                "padding": self._config.padding,
+                "batch": self.samples.batch,
+                "texts": self.samples.texts,
+                "seed": self.samples.seed,
+                "mosaic_until": self.samples.mosaic_until,
+                "augmentation": asdict(self.samples.augmentation),
+            }
+        )
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from a step on."""
@@ -206,16 +241,19 @@ class DetectionBatches:
         log.warning("left out of the training: %s", broken.why)
 
     def _add_padding(self, config: DataConfig) -> None:
-        """Gives the empty text the embedding that `padding` names. Without one it is zero, so that an empty slot's logits are the bias."""
+        """Gives the empty text the embedding that `padding` names. Without one it is zero, so that an empty slot's logits are the bias: a
+        deviation, which `config` describes."""
         if config.padding is None:
             self._embeddings = np.concatenate([self._embeddings, np.zeros_like(self._embeddings[:1])])
-            self._rows[PADDING] = len(self._embeddings) - 1
+            self._rows[EMPTY] = len(self._embeddings) - 1
             return
         if config.padding not in self._rows:
             raise UserError(
-                f"padding {config.padding!r} is in none of the vocabularies", where=config.path, remedy="embed it, or remove the key"
+                f"padding {config.padding!r} is in none of the vocabularies",
+                where=config.path,
+                remedy="make one of this file with `crqat-fx embed`, or remove the key",
             )
-        self._rows[PADDING] = self._rows[config.padding]
+        self._rows[EMPTY] = self._rows[config.padding]
 
 
 @dataclass(frozen=True)
@@ -256,6 +294,11 @@ def _read(dataset: TrainingSet, index: int, rng: np.random.Generator, broken: li
         return Boxed(image, boxes, labels), texts
     what = f"{_TRIES} of its pictures in a row cannot be read, the last: {broken[-1].why}"
     raise UserError(what, where=dataset.annotations, remedy="check the `pictures` folder of the set")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_it_is(drawn: Any) -> Any:

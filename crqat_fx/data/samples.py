@@ -1,7 +1,9 @@
 """What travels between data sets, training and evaluation: a sample, a batch, and what a set to be evaluated on must offer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +78,6 @@ def collate(samples: Sequence[Sample], embeddings: Sequence[np.ndarray]) -> Batc
     return Batch(images, text, Truth(boxes, labels, valid))
 
 
-def with_boxes_kept(sample: Sample, keep: np.ndarray) -> Sample:
-    """The sample with only the boxes that the mask `keep` names."""
-    return replace(sample, boxes=sample.boxes[keep], labels=sample.labels[keep])
+def fingerprint_of(described: Mapping[str, Any]) -> str:
+    """A short hash over plain values: two sources of batches with the same one give the same batches."""
+    return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -15,9 +15,10 @@ import json
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,11 @@ import cv2
 import numpy as np
 import yaml
 
-from crqat_fx.data.samples import Batch, Sample, collate
+from crqat_fx.data.samples import Batch, Sample, collate, fingerprint_of
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
+from crqat_fx.progress import Progress
 from crqat_fx.vocabulary import Vocabulary
-
-Progress = Callable[[int, int, str], None]
 
 SPLITS = ("train", "val", "calibration")
 BASE_COUNT = 180
@@ -428,8 +428,20 @@ class ShapesBatches:
         self.task, self.split, self.count, self.batch, self.texts = task, split, count, batch, texts
         self.seed, self.flip, self.brightness = seed, flip, brightness
         kept = min(count, memory // (task.size * task.size * 3))
+        self.skipped: Counter[str] = Counter()  # what is drawn is never broken
+        self.repaired: Counter[str] = Counter()
         self._images = np.empty((kept, task.size, task.size, 3), np.uint8)
         self._drawn: dict[int, Sample] = {}
+
+    @property
+    def text_width(self) -> int:
+        return self.task.vocabulary.width
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash over what decides the batches."""
+        decisive = ("split", "count", "batch", "texts", "seed", "flip", "brightness")
+        return fingerprint_of({"task": asdict(self.task)} | {name: getattr(self, name) for name in decisive})
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         for step in itertools.count(start_step):

@@ -1,6 +1,6 @@
 """Which texts a training picture is shown: its own classes, some that it lacks, in random order, each by one of its names.
 
-Every picture gets the same number of slots. What is left of them stays empty (`PADDING`), where there are too few classes: a grounding
+Every picture gets the same number of slots. What is left of them stays empty (`EMPTY`), where there are too few classes: a grounding
 picture has no other negatives than the phrases of the pictures in its mosaic. An empty slot is no class, and its logits take the whole
 negative loss, as published.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from crqat_fx.data.coco import Texts
 
-PADDING = ""
+EMPTY = ""
 
 
 def merged(vocabularies: Sequence[Texts]) -> tuple[Texts, list[np.ndarray]]:
@@ -36,4 +36,4 @@ def sample_texts(labels: np.ndarray, classes: Texts, slots: int, rng: np.random.
     slot_of = np.full(len(classes), -1, dtype=np.int64)
     slot_of[chosen] = np.arange(len(chosen))
     texts = [classes[row][rng.integers(len(classes[row]))] for row in chosen]
-    return (*texts, *[PADDING] * (slots - len(texts))), slot_of[labels]
+    return (*texts, *[EMPTY] * (slots - len(texts))), slot_of[labels]

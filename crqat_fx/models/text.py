@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from crqat_fx.checkpoint import read_checkpoint
 from crqat_fx.errors import UserError
+from crqat_fx.progress import Progress
 from crqat_fx.unpickle import StoredTensor, opened
 from crqat_fx.vocabulary import Vocabulary, checked_names, prompt
 
@@ -34,8 +35,6 @@ PROJECTION = "text_projection.weight"
 START, END = "<|startoftext|>", "<|endoftext|>"
 ENCODER_FOLDER = "give a folder of CLIPTextModelWithProjection or CLIPModel: config.json and model.safetensors"
 TOKENIZER_FOLDER = "give a folder with CLIP's tokenizer.json, or vocab.json and merges.txt"
-
-Progress = Callable[[int, int, str], None]
 
 
 def embed(
@@ -56,10 +55,13 @@ def embed(
     checked = checked_names(names, "names")
     _require_transformers()
     source = Path(encoder)
-    if tokenizer is None and source.is_file():
-        raise UserError("carries no tokenizer", where=source, remedy=f"{TOKENIZER_FOLDER}, with --tokenizer")
-    words = _tokenizer(Path(tokenizer) if tokenizer is not None else source)
-    model = _model(source)
+    try:
+        if tokenizer is None and source.is_file():
+            raise UserError("carries no tokenizer", where=source, remedy=f"{TOKENIZER_FOLDER}, with --tokenizer")
+        words = _tokenizer(Path(tokenizer) if tokenizer is not None else source)
+        model = _model(source)
+    except OSError as error:  # of a look at a path that may not be looked at, or cannot be one
+        raise UserError(f"cannot be read ({error.strerror or error})", where=error.filename or source, remedy=ENCODER_FOLDER) from error
     if len(words) != model.config.vocab_size:
         raise UserError(
             f"the tokenizer knows {len(words)} tokens, the encoder {model.config.vocab_size}", where=source, remedy="give the encoder's own"

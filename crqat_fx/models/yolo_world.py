@@ -24,7 +24,7 @@ from torch import Tensor, nn
 STRIDES = (8, 16, 32)
 BINS = 16  # of each side's distance distribution
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
-HEAD_DIM = 32  # of the max-sigmoid attention, for all published sizes
+HEAD_DIM = 32  # of the max-sigmoid attention, for all published sizes; others have wider heads where 32 does not divide
 TEXTS_AT_ONCE = 32  # of `max_similarity`: a block of scores that stays in the cache
 
 Size = Literal["pico", "nano", "s", "m", "l", "x", "xl"]
@@ -84,7 +84,7 @@ _SCALES: dict[str, dict[str, float | int]] = {
 
 
 def config_for(size: str, version: int) -> YoloWorldConfig:
-    """The preset of a size: `pico` and `nano` are ours, for small machines; `xl` was published for v2 alone."""
+    """The preset of a size: `pico` and `nano`, for small machines, and v1's `xl` are ours; the others were published."""
     if size not in _SCALES:
         raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     return YoloWorldConfig(version=version, **_SCALES[size])  # type: ignore[arg-type]  # the table's integers are integers
@@ -109,10 +109,14 @@ class Add(nn.Module):
 
 
 class Concat(nn.Module):
-    """Concatenates along the channels."""
+    """Concatenates along the channels, or another axis."""
+
+    def __init__(self, axis: int = 1) -> None:
+        super().__init__()
+        self.axis = axis
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return torch.cat(tensors, 1)
+        return torch.cat(tensors, self.axis)
 
 
 class Multiply(nn.Module):
@@ -237,7 +241,8 @@ class MaxSigmoidAttention(nn.Module):
 
     def __init__(self, channels: int, text_width: int) -> None:
         super().__init__()
-        self.heads = max(channels // HEAD_DIM, 1)
+        most = max(channels // HEAD_DIM, 1)
+        self.heads = next(heads for heads in range(most, 0, -1) if channels % heads == 0)  # `most` at every published width
         self.scale = (channels // self.heads) ** -0.5
         self.bias = nn.Parameter(torch.zeros(self.heads))
         self.guide_fc = nn.Linear(text_width, channels)
@@ -296,6 +301,7 @@ class ImagePoolingAttention(nn.Module):
         self.scale = (width // self.heads) ** -0.5
         self.projections = nn.ModuleList(Projection(channels, width) for channels in config.channels[2:])
         self.pool = nn.AdaptiveMaxPool2d(3)
+        self.concat = Concat(2)
         self.query = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.value = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
@@ -306,7 +312,7 @@ class ImagePoolingAttention(nn.Module):
 
     def forward(self, text: Tensor, p3: Tensor, p4: Tensor, c5: Tensor) -> Tensor:
         patches = [self.pool(project(x)).flatten(2) for project, x in zip(self.projections, (p3, p4, c5), strict=True)]
-        tokens = torch.cat(patches, 2).transpose(1, 2)
+        tokens = self.concat(*patches).transpose(1, 2)
         query = self.query(text).unflatten(2, (self.heads, -1)).transpose(1, 2)
         key = self.key(tokens).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1)
         value = self.value(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -390,7 +396,7 @@ class ContrastiveHead(nn.Module):
         matched = F.normalize(embedding, dim=1) if self.norm is None else regions
         text = F.normalize(text, dim=2) * self.logit_scale.exp()
         logits = self.match(text, matched.flatten(2), self.bias)
-        return logits.unflatten(2, embedding.shape[2:]), regions
+        return logits.unflatten(2, regions.shape[2:]), regions
 
 
 class HeadModule(nn.Module):
@@ -424,7 +430,7 @@ class Head(nn.Module):
 
 
 class YoloWorld(nn.Module):
-    """The whole detector. Pictures are RGB in [0, 1], sides multiples of 32; text is L2-normalised."""
+    """The whole detector. Pictures are RGB in [0, 1], sides multiples of 32; text is L2-normalised, one text at least."""
 
     def __init__(self, config: YoloWorldConfig) -> None:
         super().__init__()

@@ -4,23 +4,28 @@
     W' = W * gamma / sqrt(var + eps)       b' = (b - mean) * gamma / sqrt(var + eps) + beta
 
 For float exports and for lowering, never before quantization-aware training. Left alone:
-1. a convolution whose output has another reader (one that asks for its shape alone is none);
-2. a convolution or a norm that is called more than once;
-3. a norm that uses, or in training mode would use, the statistics of the batch;
-4. a subclass of either, which may compute something else.
+1. a norm of anything else: another kind of layer, a function, a quantizer;
+2. a convolution whose output has another reader (one that asks for its shape alone is none, nor is a dead one);
+3. a convolution or a norm that is called more than once, or whose parameters are read elsewhere;
+4. a norm that uses, or in training mode would use, the statistics of the batch (a convolution computes the same in either mode);
+5. a subclass of either, or one with hooks or a parametrization, which may compute something else.
 The model that the graph was traced from keeps its own convolution and norm.
 """
 
+import copy
 import logging
 from collections import Counter
+from collections.abc import Collection
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from passes.fx.graph import FxPass, module_of, readers_of_values
+from passes.fx.graph import FxPass, living, module_of, node_paths, readers_of_values
 
 logger = logging.getLogger(__name__)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class FoldBatchNorm(FxPass):
@@ -30,39 +35,77 @@ class FoldBatchNorm(FxPass):
 
     def rewrite(self, graph: GraphModule) -> int:
         calls = Counter(id(module_of(graph, node)) for node in graph.graph.nodes if node.op == "call_module")
+        read = _modules_read(graph)
+        alive = living(graph)
+        paths = node_paths(graph)
         rewrites = 0
         for norm_node in list(graph.graph.nodes):
             norm = module_of(graph, norm_node)
-            if not isinstance(norm, nn.BatchNorm2d):
+            if not isinstance(norm, NORMS) and norm_node.target is not F.batch_norm:
                 continue
-            (source,) = norm_node.all_input_nodes
+            source = norm_node.all_input_nodes[0]
             convolution = module_of(graph, source)
-            if not isinstance(convolution, nn.Conv2d):
-                continue
-            reason = _why_not(convolution, norm, source, calls)
+            reason = _why_not(convolution, norm, source, calls, read, alive)
             if reason:
-                logger.debug("%s: left %s after %s: %s", self.name, norm_node.target, source.target, reason)
+                logger.debug("%s: left %s after %s: %s", self.name, paths[norm_node], paths[source], reason)
                 continue
-            graph.set_submodule(str(source.target), fuse_conv_bn_eval(convolution, norm))
+            assert isinstance(convolution, nn.Conv2d)  # for the type checker: another one was a reason
+            assert isinstance(norm, nn.BatchNorm2d)
+            graph.set_submodule(str(source.target), _folded(convolution, norm))
             norm_node.replace_all_uses_with(source)
             graph.graph.erase_node(norm_node)
+            graph.delete_submodule(str(norm_node.target))
             rewrites += 1
-        graph.delete_all_unused_submodules()
         return rewrites
 
 
-def _why_not(convolution: nn.Conv2d, norm: nn.BatchNorm2d, source: Node, calls: Counter[int]) -> str:
+def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution of its own that computes both."""
+    assert norm.running_mean is not None  # for the type checker: a norm without statistics was refused
+    assert norm.running_var is not None
+    folded = copy.deepcopy(convolution)
+    folded.weight, folded.bias = fuse_conv_bn_weights(
+        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return folded
+
+
+def _why_not(
+    convolution: nn.Module | None, norm: nn.Module | None, source: Node, calls: Counter[int], read: Collection[int], alive: Collection[Node]
+) -> str:
     """Why a norm cannot be folded, empty where it can."""
-    readers = len(readers_of_values(source))
+    if norm is None:
+        return "the norm is a function"
+    if convolution is None:
+        return "what it norms is made by no module"
+    pair: tuple[tuple[nn.Module, type[nn.Module]], ...] = ((convolution, nn.Conv2d), (norm, nn.BatchNorm2d))
+    for module, kind in pair:
+        if type(module) is not kind:
+            return f"{type(module).__name__} is no {kind.__name__}" + (
+                ", and may compute something else" if isinstance(module, kind) else ""
+            )
+        if calls[id(module)] > 1:
+            return f"the {kind.__name__} is called {calls[id(module)]} times"
+        if id(module) in read:
+            return f"the parameters of the {kind.__name__} are read elsewhere"
+        if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+            return f"the {kind.__name__} has hooks"
+    readers = sum(reader in alive for reader in readers_of_values(source))
     if readers > 1:
         return f"the convolution's output has {readers} readers"
-    for module in (convolution, norm):
-        if calls[id(module)] > 1:
-            return f"the {type(module).__name__} is called {calls[id(module)]} times"
-    if convolution.training or norm.training:
-        return "training mode"
-    if norm.running_mean is None or norm.running_var is None:
+    if norm.training:
+        return "the norm is in training mode"
+    if not isinstance(norm.running_mean, Tensor):
         return "the norm uses the statistics of the batch"
-    if type(convolution) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-        return f"{type(convolution).__name__} and {type(norm).__name__} may compute something else"
     return ""
+
+
+def _modules_read(graph: GraphModule) -> set[int]:
+    """The modules, by identity, that a node takes an attribute of."""
+    found: set[int] = set()
+    for node in graph.graph.find_nodes(op="get_attr"):
+        here: object = graph
+        for part in str(node.target).split("."):
+            here = getattr(here, part)
+            found.add(id(here))
+    return found

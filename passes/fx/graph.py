@@ -15,6 +15,8 @@ from torch.fx import GraphModule, Node
 from passes.base import Pass, PassError
 
 STAGE = "stage"  # the key of a node's stage in `node.meta`
+ASKING_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout")
+ASKING_METHODS = ("size", "dim", "ndimension", "numel", "nelement")
 
 
 class FxPass(Pass[GraphModule]):
@@ -42,6 +44,10 @@ def nodes_in(value: Any) -> list[Node]:
     """The nodes in an argument, however it is nested."""
     if isinstance(value, Node):
         return [value]
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, dict):
+        value = tuple(value.values())
     return [node for item in value for node in nodes_in(item)] if isinstance(value, tuple | list) else []
 
 
@@ -57,9 +63,37 @@ def ancestors(ends: Iterable[Node]) -> set[Node]:
     return found
 
 
+def asks_about(node: Node) -> bool:
+    """Whether a node reads no numbers, and asks only what shape they have, of which type and where they are."""
+    if node.op == "call_method":
+        return node.target in ASKING_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ASKING_ATTRIBUTES
+
+
 def readers_of_values(node: Node) -> list[Node]:
-    """Who reads the node's numbers: not those that only ask for its shape, type or place."""
-    return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "dtype", "device"))]
+    """Who reads the node's numbers: not those that only ask about them."""
+    return [user for user in node.users if not asks_about(user)]
+
+
+def living(graph: GraphModule) -> set[Node]:
+    """The nodes that the graph's inputs and outputs need, or that may change a value in place."""
+    alive: set[Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if node.op in ("placeholder", "output") or any(user in alive for user in node.users) or _may_write(graph, node):
+            alive.add(node)
+    return alive
+
+
+def _may_write(graph: GraphModule, node: Node) -> bool:
+    """Whether a node's work may show elsewhere than in what it returns."""
+    if node.op == "get_attr":
+        return False
+    module = module_of(graph, node)
+    if module is not None:
+        return getattr(module, "inplace", False) is True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or "out" in node.kwargs or any(value is True for value in (*node.args, *node.kwargs.values()))
+    return in_place or bool(node.is_impure())
 
 
 def owners_of(node: Node) -> list[str]:

@@ -9,10 +9,12 @@
 2. A node that no counted output needs goes with the latest stage it reads; if it reads none, a parameter say, with its earliest reader.
 3. No value flows from a later stage to an earlier one.
 
+A node that only asks for a value's shape is no reader of it where readers are counted: it neither hides the pyramid nor ends it.
 Left alone: the graph itself; only `node.meta["stage"]` is written. What the partition assumes is checked, and a graph that breaks it is
 refused. The patterns and which outputs are counted come from above: this pass knows no model.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +25,7 @@ from passes.base import PassError
 from passes.fx.graph import STAGE, FxPass, ancestors, node_paths, nodes_in
 from passes.fx.matcher import Matcher
 
+logger = logging.getLogger(__name__)
 TWO_STAGES = ("backbone", "neck-head", "neck-head")  # what each of the three parts is called
 THREE_STAGES = ("backbone", "neck", "head")
 BACKBONE, NECK, HEAD = range(3)
@@ -86,6 +89,9 @@ class MarkStages(FxPass):
     def ensures(self, graph: GraphModule) -> None:
         order = {name: number for number, name in enumerate(dict.fromkeys(self.names))}
         for node in graph.graph.nodes:
+            if node.meta.get(STAGE) not in order:
+                raise self._refusal(graph, f"{{}} is marked {node.meta.get(STAGE)}, not one of {', '.join(order)}", node)
+        for node in graph.graph.nodes:
             for source in node.all_input_nodes:
                 if order[source.meta[STAGE]] > order[node.meta[STAGE]]:
                     raise self._refusal(graph, f"{{}} ({node.meta[STAGE]}) reads {source.meta[STAGE]}", node)
@@ -101,6 +107,10 @@ class MarkStages(FxPass):
             end = following[0]
         if len(following) < 2:
             raise self._refusal(graph, "the backbone's end is where the pyramid fans out, but {} has no two readers", end)
+        if logger.isEnabledFor(logging.DEBUG):
+            paths = node_paths(graph)
+            after = ", ".join(paths[node] for node in following)
+            logger.debug("%s: the backbone ends with %s, which %s read", self.name, paths[end], after)
         return end
 
     def _check_outside(self, graph: GraphModule, matcher: Matcher, backbone: set[Node]) -> None:

@@ -1,0 +1,108 @@
+"""Gives quantizers their first scales: the model runs in float over some pictures while observers watch, then every range is searched.
+
+Weights are seen once, folded as evaluation folds them; activations as a stream, in memory that does not grow with the pictures.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import numpy as np
+import torch
+
+from crqat_fx.errors import UserError
+from crqat_fx.pictures import letterbox
+from crqat_fx.progress import Progress
+from crqat_fx.quantize.observers import make_observer
+from crqat_fx.quantize.prepared import Prepared
+from crqat_fx.trace import Example
+
+logger = logging.getLogger(__name__)
+
+
+PICTURES = 256
+
+
+def calibrate(
+    prepared: Prepared,
+    batches: Iterable[Example],
+    observer: str = "omse",
+    count: int = PICTURES,
+    *,
+    stages: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Runs `count` samples of the batches of inputs through the graph, and returns how many there were. With `stages` only their quantizers
+    are set, by what those of the others, as the phase has them, let through. Phase and mode stay as they were."""
+    if count < 1:
+        raise UserError(f"calibration on {count} pictures", where="--pictures", remedy="give a number from 1")
+    everything = prepared.quantizers()
+    chosen = {name: each for name, each in prepared.quantizers(stages).items() if each.learns}
+    if stages is not None and not chosen:
+        raise UserError(f"no quantizer is in {', '.join(stages)}", where="calibration", remedy="name stages of the model")
+    before = {name: each.enabled for name, each in everything.items()}
+    training = prepared.graph.training
+    seen = 0
+    try:
+        for each in everything.values() if stages is None else chosen.values():
+            each.enabled = False
+        for each in chosen.values():
+            each.observer = make_observer(_for_weights(observer) if each.weight else observer, each.spec, weight=each.weight)
+            each.observing = True
+        prepared.graph.eval()
+        with torch.no_grad():
+            for inputs in batches:
+                taken = tuple(tensor[: count - seen] if len(tensor) == len(inputs[0]) else tensor for tensor in inputs)
+                prepared.graph(*taken)
+                seen += len(taken[0])
+                for each in chosen.values():
+                    if each.weight:
+                        each.observing = False  # a weight is the same for every batch
+                if progress is not None:
+                    progress(min(seen, count), count, "calibrating")
+                if seen >= count:
+                    break
+        if not seen:
+            raise UserError("there was no picture to calibrate on", where="calibration", remedy="give some pictures")
+        for name, each in chosen.items():
+            _set(name, each.initialise)
+    finally:
+        for each in chosen.values():
+            each.observing = False
+        for name, each in everything.items():
+            each.enabled = before[name]
+        prepared.graph.train(training)
+    logger.info("calibrated %d quantizers on %d pictures by %s", len(chosen), seen, observer)
+    return seen
+
+
+def picture_batches(prepared: Prepared, pictures: Iterable[np.ndarray], size: int = 16) -> Iterator[Example]:
+    """Inputs of a YOLO-World from pictures (uint8 RGB [H, W, 3]) of any size: letterboxed, with the prepared model's own vocabulary."""
+    if prepared.vocabulary is None:
+        raise UserError("has no vocabulary to calibrate with", where="the prepared model", remedy="prepare it with one: --vocabulary")
+    device = next(prepared.graph.parameters()).device
+    text = torch.from_numpy(prepared.vocabulary.embeddings).to(device)
+    waiting: list[np.ndarray] = []
+    for picture in pictures:
+        waiting.append(letterbox(picture, prepared.size)[0])
+        if len(waiting) == size:
+            yield _inputs(waiting, text)
+            waiting = []
+    if waiting:
+        yield _inputs(waiting, text)
+
+
+def _inputs(pictures: list[np.ndarray], text: torch.Tensor) -> Example:
+    images = torch.from_numpy(np.stack(pictures)).to(text.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return images, text.expand(len(pictures), -1, -1)
+
+
+def _for_weights(observer: str) -> str:
+    """Entropy compares how often values are met: a channel's few weights are no such sample, and keep their whole range."""
+    return "minmax" if observer == "entropy" else observer
+
+
+def _set(name: str, initialise: Callable[[], None]) -> None:
+    try:
+        initialise()
+    except UserError as error:
+        raise UserError(error.what, where=name, remedy=error.remedy) from error

@@ -1,0 +1,98 @@
+"""A convolution and the BatchNorm behind it as one module, so that the weight that is quantized is the one an export stores.
+
+    k = gamma / sqrt(running variance + eps)
+    frozen, or evaluation:   y = conv(x, Q(k W)) + beta + k (b - running mean)      the folded convolution, number by number
+    training statistics:     y = BatchNorm(conv(x, Q(k W) / k) + b)                 one convolution; the batch's statistics
+
+A channel whose gamma is 0 is learned through its float weight while statistics are trained: there is nothing to divide by, and an export
+stores zeros for it whichever weight was taken. `frozen` statistics stay as they are, also after `.train()`.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from crqat_fx.errors import UserError
+
+
+class ConvBn2d(nn.Conv2d):
+    """Conv2d and BatchNorm2d; without a `weight_fake_quant` it is float."""
+
+    frozen = False  # statistics as in evaluation, whatever the mode
+    weight_fake_quant: nn.Module | None
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        """Takes over the parameters of both."""
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]  # torch types it as any tuple
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",  # the weight is there already: none is drawn
+        )
+        if bn.running_mean is None or bn.running_var is None:
+            raise UserError(
+                "a BatchNorm2d without running statistics follows a convolution: it cannot be folded",
+                where="the model",
+                remedy="give it track_running_stats=True",
+            )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.bn = bn
+        self.weight_fake_quant = None
+        self.train(conv.training)
+
+    @classmethod
+    def fuse(cls, is_qat: bool, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> "ConvBn2d":
+        """What torch.ao calls to fuse."""
+        return cls(conv, bn)
+
+    @classmethod
+    def from_float(cls, module: Self) -> Self:
+        """What torch.ao calls on a fused module whose `qconfig` says how to quantize its weight."""
+        learning = cls(module, module.bn)
+        learning.weight_fake_quant = module.qconfig.weight()  # type: ignore[operator,union-attr]  # torch.ao puts it there
+        return learning
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """The weight, quantized, and the bias that evaluation and an export use."""
+        factor = self._factor()
+        mean = self.bn.get_buffer("running_mean")
+        shift = -mean if self.bias is None else self.bias - mean
+        bias = shift * factor
+        return self._quantized(self._spread(factor) * self.weight), bias if self.bn.bias is None else bias + self.bn.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.frozen:
+            folded: Tensor = self._conv_forward(x, *self.folded())
+            return folded
+        weight = self.weight if self.weight_fake_quant is None else self._measured_in(self._spread(self._factor().detach()))
+        normalised: Tensor = self.bn(self._conv_forward(x, weight, self.bias))
+        return normalised
+
+    def _measured_in(self, factor: Tensor) -> Tensor:
+        """Q(k W) / k. No gradient flows through k: it is what the weight is measured in, and all that is left of it is a rounding error."""
+        none = factor == 0
+        if none.device.type == "cpu" and not none.any():  # elsewhere, asking would wait for the device
+            return self._quantized(self.weight * factor) / factor
+        divisor = torch.where(none, torch.ones_like(factor), factor)
+        return torch.where(none, self.weight, self._quantized(self.weight * divisor) / divisor)
+
+    def _factor(self) -> Tensor:
+        """k, one a channel."""
+        deviation = torch.sqrt(self.bn.get_buffer("running_var") + self.bn.eps)
+        return deviation.reciprocal() if self.bn.weight is None else self.bn.weight / deviation
+
+    def _spread(self, factor: Tensor) -> Tensor:
+        return factor.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def _quantized(self, weight: Tensor) -> Tensor:
+        if self.weight_fake_quant is None:
+            return weight
+        quantized: Tensor = self.weight_fake_quant(weight)
+        return quantized
