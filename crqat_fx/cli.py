@@ -701,5 +701,5 @@ def demo(
         ("cost of an export", report["cost"]),
     ):
         console.show(console.table(title, list(rows[0]), [list(row.values()) for row in rows], digits=2))
-    console.note(f"the costs of {', '.join(RECIPES)} are counted on the graph; quantized accuracy comes with training")
+    console.note(f"the costs of {', '.join(RECIPES)} are counted on the graph; `crqat-fx prepare` quantizes for their accuracy")
     console.note(f"drawn: {out / 'detections'} and {out / 'stages.svg'}")

@@ -39,7 +39,7 @@ class LeafTracer(Tracer):
 def trace(model: nn.Module, examples: Sequence[Example] | None = None, leaves: tuple[type[nn.Module], ...] = LEAVES) -> GraphModule:
     """The model as a graph, proved equal to it on every example. A YOLO-World brings its own: two picture sizes, two vocabularies.
 
-    The graph shares the model's parameters and keeps its mode. A model that cannot be traced is refused with the line at fault.
+    The graph shares the model's parameters and every module's mode. A model that cannot be traced is refused with the line at fault.
     """
     if any(value.is_meta for value in itertools.chain(model.parameters(), model.buffers())):
         raise UserError(
@@ -68,7 +68,8 @@ def trace_unproved(model: nn.Module, leaves: tuple[type[nn.Module], ...] = LEAVE
             remedy="take what depends on the data out of the module, use torch.where, or name the submodule as a leaf (`leaves=`)",
         ) from error
     traced = GraphModule(tracer.root, graph, type(model).__name__)
-    traced.train(model.training)
+    for name, module in traced.named_modules():  # the containers are new; the leaves are the model's own
+        module.training = model.get_submodule(name).training
     return traced
 
 

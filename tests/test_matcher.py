@@ -309,11 +309,11 @@ def test_says_at_debug_where_a_place_differs(caplog):
     class Near(Pair):
         def __init__(self) -> None:
             super().__init__()
-            self.c = nn.Linear(1, 1)
+            self.c, self.d = nn.Linear(1, 1), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
-            return self.b(self.c(self.b(y))) + y
+            return self.b(self.d(self.b(self.c(self.b(y))))) + y
 
     pattern = traced(Pair())
     pattern.__class__.__name__ = "Pair"
@@ -321,5 +321,6 @@ def test_says_at_debug_where_a_place_differs(caplog):
         assert not Matcher(traced(Near())).find(pattern)
     assert [record.message for record in caplog.records] == [
         "no Pair at b: c is not as a is there",
+        "no Pair at b: d is not as a is there",
         "no Pair at b, a: something else reads what is inside",
     ]

@@ -86,8 +86,6 @@ def living(graph: GraphModule) -> set[Node]:
 
 def _may_write(graph: GraphModule, node: Node) -> bool:
     """Whether a node's work may show elsewhere than in what it returns."""
-    if node.op == "get_attr":
-        return False
     module = module_of(graph, node)
     if module is not None:
         return getattr(module, "inplace", False) is True
