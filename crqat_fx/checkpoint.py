@@ -121,10 +121,7 @@ def write_checkpoint(
     buffer = io.BytesIO()  # torch would name the archive after the file, and hide why it cannot be written
     torch.save(content, buffer)
     with written(path) as temporary:
-        try:
-            temporary.write_bytes(buffer.getbuffer())
-        except OSError as error:
-            raise UserError(f"cannot be written ({error.strerror})", where=path, remedy="make room, or name another place") from error
+        temporary.write_bytes(buffer.getbuffer())
 
 
 # --- the three kinds ---

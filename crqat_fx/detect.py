@@ -285,13 +285,14 @@ def detect_pictures(
 def _made(folder: Path) -> Iterator[None]:
     """Takes back, when the block fails, the folders on the way to `folder` that it made and that are still empty."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    kept = False
     try:
         yield
-    except BaseException:
-        for one in missing:
+        kept = True
+    finally:
+        for one in missing if not kept else ():
             with suppress(OSError):  # not empty, or not made
                 one.rmdir()
-        raise
 
 
 def drawing_targets(sources: Sequence[Source], out: Path) -> dict[Source, Path]:

@@ -23,5 +23,7 @@ def written(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=target, remedy="make room, or name another place") from error
     finally:
         temporary.unlink(missing_ok=True)

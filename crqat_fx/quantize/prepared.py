@@ -181,10 +181,7 @@ class Prepared:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         with written(path) as temporary:
-            try:
-                temporary.write_bytes(buffer.getbuffer())
-            except OSError as error:
-                raise UserError(f"cannot be written ({error.strerror})", where=path, remedy="make room, or name another place") from error
+            temporary.write_bytes(buffer.getbuffer())
 
     def _called(self) -> Iterator[tuple[Node, nn.Module | None]]:
         for node in self.graph.graph.nodes:
