@@ -14,6 +14,7 @@ import typer
 from crqat_fx import __version__, console
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
+from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET
 from crqat_fx.settings import resolve
 
 if TYPE_CHECKING:
@@ -442,7 +443,7 @@ class CostSettings:
     recipe: str | None = None  # None is all float
     vocabulary: str = "80"
     size: int = 640
-    target: str = "ort"
+    target: str = DEFAULT_TARGET
 
 
 @app.command()
@@ -494,8 +495,8 @@ def _texts(vocabulary: str, width: int) -> int:
 class PrepareSettings:
     """Settings of the command `prepare`."""
 
-    recipe: str = "4-8-8-int"
-    target: str = "ort"
+    recipe: str = DEFAULT_RECIPE
+    target: str = DEFAULT_TARGET
     cpu: Literal["any", "vnni"] = "any"
     method: str = "lsq"
     vocabulary: Path | None = None  # None takes the model's own

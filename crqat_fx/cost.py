@@ -27,7 +27,7 @@ from crqat_fx.models.yolo_world import SIZES, Match, YoloWorld, build, max_simil
 from crqat_fx.pipelines import BINS, LOGITS, float_export_passes
 from crqat_fx.recipe import FLOAT, QuantRecipe, QuantRule, Target, target_named
 from crqat_fx.trace import trace_unproved
-from passes.fx.graph import ancestors, blocks_of, is_quantizer, living, module_of, node_paths, nodes_in, readers_of_values
+from passes.fx.graph import ancestors, blocks_of, descendants, is_quantizer, living, module_of, node_paths, nodes_in, readers_of_values
 from passes.spec import QuantSpec
 
 FLOAT_BITS = SCALAR_BITS = 32
@@ -300,7 +300,7 @@ def _published(counted: _Counted, recipe: QuantRecipe, target: Target) -> dict[N
 
 def _exported(counted: _Counted, recipe: QuantRecipe, target: Target) -> dict[Node, Cost]:
     picture = [node for node in counted.graph.graph.nodes if node.op == "placeholder"][PICTURE_INPUT]
-    varying = _descendants(picture)
+    varying = descendants(picture)
     needed = ancestors(_outputs(counted.graph))
     collapsed = {convolution: (match, linear) for match, convolution, linear in _collapses(counted, varying, needed)}
     absorbed = {node for match, linear in collapsed.values() for node in (match, *linear)}
@@ -397,16 +397,6 @@ def _outputs(graph: GraphModule) -> list[Node]:
     returned = graph.graph.output_node().args[0]
     entries = returned if isinstance(returned, tuple | list) else (returned,)
     return [node for index in (LOGITS, BINS) for node in nodes_in(entries[index : index + 1])]
-
-
-def _descendants(start: Node) -> set[Node]:
-    found, waiting = {start}, [start]
-    while waiting:
-        for user in waiting.pop().users:
-            if user not in found:
-                found.add(user)
-                waiting.append(user)
-    return found
 
 
 def _by_block(counted: _Counted, costs: Mapping[Node, Cost]) -> dict[str, Cost]:

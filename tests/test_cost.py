@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from published import PARAMETERS
 from torch import nn
 
 from crqat_fx.cost import Cost, Measurement, cost, format_report, measure, model_on_paper, on_meta, price
@@ -22,14 +23,6 @@ PUBLISHED = {
     ("m", 1203): ("110.88", "15.11", "51.82", "7.10"),
     ("l", 80): ("181.4", "24.32", "90.60", "3.09"),
     ("l", 1203): ("181.4", "24.32", "98.39", "8.18"),
-}
-PARAMETERS = {
-    (1, "s"): 13_383_480,
-    (1, "m"): 29_065_294,
-    (1, "l"): 47_553_954,
-    (2, "s"): 12_759_864,
-    (2, "m"): 28_376_142,
-    (2, "l"): 46_832_034,
 }
 CELLS = (64 // 8) ** 2 + (64 // 16) ** 2 + (64 // 32) ** 2  # of three levels at 64 pixels
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from published import PARAMETERS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from weights_from_names import reference_inputs, weights_from_names
@@ -26,14 +27,6 @@ from crqat_fx.models.yolo_world import (
 )
 
 DATA = Path(__file__).parent / "data"
-PARAMETERS = {
-    (1, "s"): 13_383_480,
-    (1, "m"): 29_065_294,
-    (1, "l"): 47_553_954,
-    (2, "s"): 12_759_864,
-    (2, "m"): 28_376_142,
-    (2, "l"): 46_832_034,
-}
 PRESETS = [(version, size) for version in (1, 2) for size in SIZES if (version, size) != (1, "xl")]
 
 

@@ -6,7 +6,7 @@ name, or the owning module's and the function's, so that it says where a node st
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,13 +53,22 @@ def nodes_in(value: Any) -> list[Node]:
 
 def ancestors(ends: Iterable[Node]) -> set[Node]:
     """Everything that the ends are computed from, and the ends."""
-    found = set(ends)
+    return _reached(ends, lambda node: node.all_input_nodes)
+
+
+def descendants(start: Node) -> set[Node]:
+    """Everything that is computed from a node, and the node."""
+    return _reached([start], lambda node: node.users)
+
+
+def _reached(starts: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    found = set(starts)
     waiting = list(found)
     while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
+        for node in following(waiting.pop()):
+            if node not in found:
+                found.add(node)
+                waiting.append(node)
     return found
 
 
