@@ -26,7 +26,7 @@ bench: $(INSTALLED)
 bench-peers: $(PEERS)
 	set -e; for each in benchmarks/peers_*.py; do echo "== $$each"; $(BIN)/python $$each $(QUICK); done
 
-# builds the wheel and imports it from another directory
+# builds the wheel, imports it from another directory, and runs an exported file where it is installed without torch
 wheel: $(INSTALLED)
 	$(BIN)/python .ci/wheel.py
 

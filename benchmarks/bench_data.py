@@ -36,7 +36,8 @@ import yaml
 
 from crqat_fx.data.config import read_data
 from crqat_fx.data.loader import DetectionBatches
-from crqat_fx.data.shapes import ShapesBatches, ShapesTask, write_coco
+from crqat_fx.data.shapes import ShapesTask, write_coco
+from crqat_fx.data.shapes_batches import ShapesBatches
 
 PROCESSES = 2
 CHUNK = 25

@@ -10,37 +10,46 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crqat_fx.bench import bench
     from crqat_fx.checkpoint import load_model as load
     from crqat_fx.checkpoint import read_checkpoint, write_checkpoint
     from crqat_fx.cost import cost
-    from crqat_fx.data.shapes import ShapesBatches, ShapesSet, ShapesTask
-    from crqat_fx.detect import TorchDetector, detect_pictures
+    from crqat_fx.data.shapes import ShapesSet, ShapesTask
+    from crqat_fx.data.shapes_batches import ShapesBatches
+    from crqat_fx.detect import detect_pictures
     from crqat_fx.distortion import distortion
     from crqat_fx.errors import UserError
     from crqat_fx.evaluate import evaluate
+    from crqat_fx.export import export
     from crqat_fx.models.text import embed
     from crqat_fx.models.yolo_world import build, decode_boxes
+    from crqat_fx.onnx_detector import OnnxDetector
     from crqat_fx.pictures import read_picture
-    from crqat_fx.quantize.calibrate import calibrate
+    from crqat_fx.qat import train_prepared
+    from crqat_fx.quantize.calibrate import calibrate, picture_batches
     from crqat_fx.quantize.prepare import load_prepared, prepare
     from crqat_fx.recipe import QuantRecipe
+    from crqat_fx.torch_detector import TorchDetector
     from crqat_fx.trace import trace
     from crqat_fx.train import train
+    from crqat_fx.verify import verify_file as verify
     from crqat_fx.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 _API = {
+    "OnnxDetector": "onnx_detector.OnnxDetector",
     "QuantRecipe": "recipe.QuantRecipe",
-    "ShapesBatches": "data.shapes.ShapesBatches",
+    "ShapesBatches": "data.shapes_batches.ShapesBatches",
     "ShapesSet": "data.shapes.ShapesSet",
     "ShapesTask": "data.shapes.ShapesTask",
-    "TorchDetector": "detect.TorchDetector",
+    "TorchDetector": "torch_detector.TorchDetector",
     "UserError": "errors.UserError",
     "Vocabulary": "vocabulary.Vocabulary",
     "calibrate": "quantize.calibrate.calibrate",
     "load_prepared": "quantize.prepare.load_prepared",
     "prepare": "quantize.prepare.prepare",
+    "bench": "bench.bench",
     "build": "models.yolo_world.build",
     "cost": "cost.cost",
     "decode_boxes": "models.yolo_world.decode_boxes",
@@ -48,14 +57,19 @@ _API = {
     "distortion": "distortion.distortion",
     "embed": "models.text.embed",
     "evaluate": "evaluate.evaluate",
+    "export": "export.export",
     "load": "checkpoint.load_model",
+    "picture_batches": "quantize.calibrate.picture_batches",
     "read_checkpoint": "checkpoint.read_checkpoint",
     "read_picture": "pictures.read_picture",
     "trace": "trace.trace",
     "train": "train.train",
+    "train_prepared": "qat.train_prepared",
+    "verify": "verify.verify_file",
     "write_checkpoint": "checkpoint.write_checkpoint",
 }
 __all__ = [
+    "OnnxDetector",
     "QuantRecipe",
     "ShapesBatches",
     "ShapesSet",
@@ -64,6 +78,7 @@ __all__ = [
     "UserError",
     "Vocabulary",
     "__version__",
+    "bench",
     "build",
     "calibrate",
     "cost",
@@ -72,13 +87,17 @@ __all__ = [
     "distortion",
     "embed",
     "evaluate",
+    "export",
     "load",
     "load_prepared",
+    "picture_batches",
     "prepare",
     "read_checkpoint",
     "read_picture",
     "trace",
     "train",
+    "train_prepared",
+    "verify",
     "write_checkpoint",
 ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crqat_fx.data.samples import Truth
+from crqat_fx.data.batch import Truth
 
 TOP = 10
 ALPHA, BETA = 0.5, 6.0

@@ -9,7 +9,6 @@ refused: every entry the model has must be there, of its shape, of numbers that 
 """
 
 import dataclasses
-import io
 import logging
 import re
 import typing
@@ -61,27 +60,40 @@ class Checkpoint:
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Whatever kind of checkpoint is at `path`, or the shipped model of that name; a UserError says what is wrong with any other file."""
-    source = locate(path)
-    with opened(source) as archive:
-        contents = archive.contents
-        if not isinstance(contents, dict):
-            kind = contents.kind if isinstance(contents, Inert) else type(contents).__name__
-            raise UserError(f"holds {kind}, not a checkpoint", where=source, remedy=_MODEL)
-        if contents.get("format") == FORMAT:
-            return _read_own(contents, archive)
-        model = contents.get("ema") or contents.get("model")
-        if isinstance(model, Inert):
-            return _read_ultralytics(contents, model, archive)
-        return _read_official(contents, archive)
+    with opened(locate(path)) as archive:
+        return checkpoint_in(archive)
+
+
+def checkpoint_in(archive: Archive) -> Checkpoint:
+    """The checkpoint in a file that is open."""
+    contents = archive.contents
+    if not isinstance(contents, dict):
+        held = contents.kind if isinstance(contents, Inert) else type(contents).__name__
+        raise UserError(f"holds {held}, not a checkpoint", where=archive.path, remedy=_MODEL)
+    kind = contents.get("format")
+    if kind == FORMAT:
+        return _read_own(contents, archive)
+    if isinstance(kind, str) and kind.startswith("crqat-fx "):
+        raise UserError(
+            f"is a {shown(kind)} file, not a checkpoint", where=archive.path, remedy="give the checkpoint that it was made from"
+        )
+    model = contents.get("ema") or contents.get("model")
+    if isinstance(model, Inert):
+        return _read_ultralytics(contents, model, archive)
+    return _read_official(contents, archive)
 
 
 def load_model(path: str | Path) -> tuple[YoloWorld, Checkpoint]:
     """The model of a checkpoint, in evaluation mode, and the checkpoint. Both share the weights' memory."""
     checkpoint = read_checkpoint(path)
+    return model_of(checkpoint), checkpoint
+
+
+def model_of(checkpoint: Checkpoint) -> YoloWorld:
     with torch.device("meta"):
         model = YoloWorld(checkpoint.config)
     model.load_state_dict(checkpoint.state, assign=True)
-    return model.eval(), checkpoint
+    return model.eval()
 
 
 def write_checkpoint(
@@ -118,10 +130,18 @@ def write_checkpoint(
         "vocabulary": None if vocabulary is None else {"names": list(vocabulary.names), "embeddings": embeddings},
         "metadata": _plain(dict(metadata or {})),
     }
-    buffer = io.BytesIO()  # torch would name the archive after the file, and hide why it cannot be written
-    torch.save(content, buffer)
-    with written(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_archive(path, content)
+
+
+def write_archive(path: str | Path, content: object) -> None:
+    """torch.save, whole or not at all, and straight to the file: no copy of the weights is made."""
+    with written(path) as temporary, temporary.open("wb") as file:  # of a path torch would take the archive's name
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the file's own word, which torch covers up
+                raise error.__context__ from error
+            raise
 
 
 # --- the three kinds ---

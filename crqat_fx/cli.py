@@ -5,6 +5,7 @@ Torch and everything heavy is imported inside the commands, so that help answers
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
-    from torch import nn
 
     from crqat_fx.checkpoint import Checkpoint
+    from crqat_fx.data.samples import EvaluationSet
+    from crqat_fx.mixed_recipe import Proposal
     from crqat_fx.models.yolo_world import YoloWorld
+    from crqat_fx.noise import Noise
+    from crqat_fx.quantize.prepared import Prepared
+    from crqat_fx.recipe import QuantRecipe
+    from crqat_fx.sensitivity import Sensitivity
+    from crqat_fx.train import TrainResult
+    from crqat_fx.verify import Rung
 
 SETTINGS = "settings.yaml"  # beside a result, in its folder
 
@@ -37,15 +45,16 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "a checkpoint: official .pth, ultralytics .pt, this project's own; or a shipped model of the drawn task: pico-v1, pico-v2"
-RUNNABLE_HELP = f"{MODEL_HELP}; or a prepared and calibrated model"
+RUNNABLE_HELP = f"{MODEL_HELP}; or a prepared and calibrated model; or an exported .onnx"
 ON_PAPER_HELP = "or a preset without weights, such as yolo-world-v1-l"
 Runnable = Annotated[str, typer.Argument(help=RUNNABLE_HELP, show_default=False)]
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; a flag beats it", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps  [default: cpu]", show_default=False)]
-Threads = Annotated[int | None, typer.Option(help="processor threads  [default: torch's choice]", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="processor threads  [default: the runtime's choice]", show_default=False)]
 VocabularyFile = Annotated[Path | None, typer.Option(help="vocabulary .npz, in place of the model's own", show_default=False)]
+Raw = Annotated[bool, typer.Option("--raw", "--raw-weights", help="of a trained model the raw weights, not their average")]
 PictureSize = Annotated[
     int | None, typer.Option(help="picture size, a multiple of 32  [default: the file's, else 640]", show_default=False)
 ]
@@ -68,6 +77,12 @@ def _main(
 def _given(**flags: Any) -> dict[str, Any]:
     """The flags that were given; None stands for one that was not."""
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def _say_weights(model: str, weights: str) -> None:
+    """Of a trained model there are two sets."""
+    if weights != "only":
+        console.note(f"{model}: the {weights} weights" + ("; --raw-weights takes the raw ones" if weights == "average" else ""))
 
 
 def _beside(result: Path) -> Path:
@@ -101,6 +116,7 @@ def detect(
     batch: Annotated[int | None, typer.Option(help="pictures run at once  [default: 1]", show_default=False)] = None,
     device: Device = None,
     threads: Threads = None,
+    raw: Raw = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -108,16 +124,18 @@ def detect(
 
     A picture that cannot be read is skipped and named; the exit status is then 1.
     """
-    from crqat_fx.detect import RESULT, DetectSettings, carried_settings, detect_pictures, open_detector
+    from crqat_fx.detect import RESULT, DetectSettings, detect_pictures
+    from crqat_fx.model_files import open_model
     from crqat_fx.pictures import find_sources
 
     sources = find_sources(pictures, without=out)
-    loaded, checkpoint = _load(model)
+    opened = open_model(model, raw=raw)
+    _say_weights(model, opened.weights)
     flags = _given(
         vocabulary=vocabulary, text=text, conf=conf, iou=iou, max=most, size=size, batch=batch, device=device, threads=threads
     )  # fmt: skip
-    resolved = resolve(DetectSettings, flags, config, carried_settings(checkpoint))
-    detector = open_detector(loaded, checkpoint, resolved.values)
+    resolved = resolve(DetectSettings, flags, config, opened.carried_settings())
+    detector = opened.detector(resolved.values)
 
     def keep_settings() -> None:
         resolved.write(out / SETTINGS, _command("detect", model, *pictures))
@@ -129,6 +147,7 @@ def detect(
         console.show_json(
             {
                 "out": str(out),
+                "weights": opened.weights,
                 "pictures": report.pictures,
                 "detections": json.loads((out / RESULT).read_text(encoding="utf-8")),
                 "counts": dict(report.counts),
@@ -209,61 +228,136 @@ class InspectSettings:
     """Settings of the command `inspect`."""
 
     depth: int = 2  # 0 shows all
-    stages: Literal[2, 3] = 2
+    stages: Literal[2, 3] = 2  # of a float model; a prepared one has its own
+    picture: tuple[str, ...] = ()  # none: drawn ones
+
+    def __post_init__(self) -> None:
+        if self.depth < 0:
+            raise UserError(f"depth is {self.depth}", remedy="give a number from 1, or 0 for all")
 
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; {ON_PAPER_HELP}", show_default=False)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; {ON_PAPER_HELP}; or a prepared model", show_default=False)],
     depth: Annotated[
         int | None,
         typer.Option(
-            help="how far to open the tree: 1 backbone, neck, head; 2 their layers; 0 all  [default: 2]", min=0, show_default=False
+            help="how far to open it: 1 backbone, neck, head (a prepared model's stages); 2 their blocks; 0 all, down to every quantizer  "
+            "[default: 2]",
+            min=0,
+            show_default=False,
         ),
     ] = None,
-    graph: Annotated[Path | None, typer.Option(help="draw the graph, its stages in colour, into this .svg", show_default=False)] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(
+            help="draw the graph, its stages in colour, into this .svg; or into this .html, with all there is behind each block",
+            show_default=False,
+        ),
+    ] = None,
     stages: Annotated[
         int | None, typer.Option(help="2: backbone, neck-head; 3: backbone, neck, head  [default: 2]", show_default=False)
+    ] = None,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a picture, folder or pattern to measure a prepared model's noise on; may be repeated  [default: 4 drawn ones]",
+            show_default=False,
+        ),
     ] = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a model is: size, version, parameters, vocabulary, and its blocks with channels and strides."""
-    from crqat_fx.inspection import inspect_model, tree
+    """Show what a model is: size, version, parameters, vocabulary, and its blocks with channels and strides.
 
-    if graph is not None and graph.suffix != ".svg":
-        raise UserError(f"{graph.name} is no .svg", where="--graph", remedy="name a file that ends in .svg")
-    resolved = resolve(InspectSettings, _given(depth=depth, stages=stages), config)
-    loaded, checkpoint = _model_or_preset(model)
-    report = inspect_model(loaded, checkpoint, depth=resolved.values.depth or None)
-    if graph is not None:
-        from crqat_fx.graph_picture import save_picture
+    Of a prepared model the recipe, the stages, the bits, the ranges and what set them, and the signal to quantization noise of every
+    tensor: end to end against the float model, and what each quantizer adds by itself.
+    """
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from crqat_fx.graph_page import DRAWN_AS, save_drawing
+    from crqat_fx.graph_view import view
+    from crqat_fx.quantize.prepared import Prepared
+
+    if graph is not None and graph.suffix not in DRAWN_AS:
+        raise UserError(f"{graph.name} is neither .svg nor .html", where="--graph", remedy="name a file that ends in one of them")
+    resolved = resolve(InspectSettings, _given(depth=depth, stages=stages, picture=picture), config)
+    settings = resolved.values
+    opened = _file_or_preset(model)
+    text: Text | Tree
+    if isinstance(opened, Prepared):
+        from crqat_fx.prepared_inspection import inspect_prepared, kind_of, shown
+
+        if resolved.origins["stages"] == "flag":
+            raise UserError("its stages were chosen when it was prepared", where="--stages", remedy="leave it out")
+        found = inspect_prepared(opened, model, *_noise_on(opened, settings.picture))
+        report, text = found.as_json(), shown(found, settings.depth or None)
+        if graph is not None:
+            title = f"{Path(model).name}: {kind_of(found)}, for {opened.target.name}"
+            save_drawing(view(opened.graph, opened.target), graph, title, found)
+    else:
+        from crqat_fx.checkpoint import model_of
+        from crqat_fx.inspection import inspect_model, title_of, tree
         from crqat_fx.pipelines import mark_stages
         from crqat_fx.trace import trace
 
-        traced = trace(loaded)
-        mark_stages(resolved.values.stages)(traced)
-        save_picture(traced, graph, f"{checkpoint.path.name}: YOLO-World v{report['version']} {report['size'] or ''}".strip())
+        if settings.picture:
+            raise UserError("a float model has no quantization noise to measure", where="--picture", remedy="give a prepared model")
+        loaded = model_of(opened)
+        report = inspect_model(loaded, opened, depth=settings.depth or None)
+        text = tree(report)
+        if graph is not None:
+            traced = trace(loaded)
+            mark_stages(settings.stages)(traced)
+            save_drawing(view(traced), graph, f"{opened.path.name}: {title_of(report)}")
+    if graph is not None:
         resolved.write(_beside(graph), _command("inspect", model))
     if as_json:
         console.show_json(report)
     else:
-        console.show(tree(report))
+        console.show(text)
     if graph is not None:
         console.note(f"drawn: {graph}")
 
 
-def _model_or_preset(name: str) -> "tuple[YoloWorld, Checkpoint]":
-    """The model of a file; of a preset's name such as `yolo-world-v1-s`, one of that shape with freshly drawn weights."""
-    from crqat_fx.checkpoint import Checkpoint, load_model
+def _noise_on(prepared: "Prepared", named: tuple[str, ...]) -> "tuple[Noise | None, str]":
+    """A calibrated model's noise on the pictures that are named, or on drawn ones, and what they are called."""
+    from crqat_fx.data.shapes import ShapesTask
+    from crqat_fx.noise import measure_noise
+    from crqat_fx.pictures import count_pictures, find_sources, read_source
+    from crqat_fx.prepared_inspection import DRAWN
+    from crqat_fx.quantize.calibrate import picture_batches
+
+    if not prepared.calibrated:
+        return None, ""
+    if named:
+        sources = find_sources(named)
+        count, told = count_pictures(sources), f"{len(sources)} of {', '.join(named)}"
+        pictures = (picture.pixels for source in sources for picture in read_source(source))
+    else:
+        task = ShapesTask(size=prepared.size)
+        count, told = DRAWN, f"{DRAWN} drawn pictures"
+        pictures = (task.draw("val", index).image for index in range(DRAWN))
+    with console.progress("inspect") as progress:
+        return measure_noise(prepared, picture_batches(prepared, pictures, 1), total=count, progress=progress), told
+
+
+def _file_or_preset(name: str, *, raw: bool = False) -> "Checkpoint | Prepared":
+    """What is in a file; of a preset's name such as `yolo-world-v1-s`, a model of that shape with freshly drawn weights. `raw`: of a
+    trained one the raw weights, not their average."""
+    from crqat_fx.checkpoint import Checkpoint
     from crqat_fx.cost import model_on_paper
+    from crqat_fx.model_files import read_model
     from crqat_fx.models.yolo_world import YoloWorld
 
     on_paper = model_on_paper(name)
     if on_paper is None:
-        return load_model(name)
+        return read_model(name, raw=raw)
+    if raw:
+        raise UserError("is a preset, which nothing was trained of", where=name, remedy="leave out --raw-weights")
     model = YoloWorld(on_paper.config).eval()
-    return model, Checkpoint(Path(name), "preset", model.config, model.state_dict())
+    return Checkpoint(Path(name), "preset", model.config, model.state_dict())
 
 
 @dataclass(frozen=True)
@@ -337,6 +431,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(help="pictures run at once  [default: 8]", show_default=False)] = None,
     device: Device = None,
     threads: Threads = None,
+    raw: Raw = False,
     teacher: Annotated[
         str | None, typer.Option(help="also measure how far the regions drift from this model's", show_default=False)
     ] = None,
@@ -355,33 +450,42 @@ def evaluate(
     similarity. A picture that cannot be read is left out and named; the exit status is then 1.
     """
     from crqat_fx.data.opening import SHAPES, open_evaluation, size_of_data
-    from crqat_fx.detect import carried_settings, open_detector
-    from crqat_fx.distortion import distortion
     from crqat_fx.evaluate import EvaluateSettings
     from crqat_fx.evaluate import evaluate as score
+    from crqat_fx.model_files import is_onnx, open_model
 
     if plots is not None and teacher is None:
         raise UserError("compares with a teacher", where="--plots", remedy="name one with --teacher")
-    loaded, checkpoint = _load(model)
+    exported = [name for name in (model, teacher) if name is not None and is_onnx(name)]
+    if teacher is not None and exported:
+        raise UserError("gives no regions to compare", where=exported[0], remedy="compare the models that files are exported from")
+    opened = open_model(model, raw=raw)
+    _say_weights(model, opened.weights)
     flags = _given(
         metric=metric, pictures=pictures, vocabulary=vocabulary, conf=conf, iou=iou, max=most, size=size, batch=batch, device=device,
         threads=threads, compared=compared,
     )  # fmt: skip
-    resolved = resolve(EvaluateSettings, flags, config, size_of_data(data) | carried_settings(checkpoint))
+    resolved = resolve(EvaluateSettings, flags, config, size_of_data(data) | opened.carried_settings())
     settings = resolved.values
     if data != SHAPES and resolved.origins["pictures"] in ("flag", "config") and settings.pictures != EvaluateSettings.pictures:
         raise UserError("means nothing to a data.yaml, which names its own pictures", where="--pictures", remedy="leave it out")
     dataset, texts = open_evaluation(data, settings.size, settings.pictures)
-    source = "settings" if settings.vocabulary is not None else "model" if texts is None else "data"
-    if source == "data":
-        checkpoint = dataclasses.replace(checkpoint, vocabulary=texts)
-    detector = open_detector(loaded, checkpoint, settings.detecting)
-    report: dict[str, Any] = {"model": model, "data": data, "vocabulary": {"names": len(detector.names), "from": source}}
+    source = "settings" if settings.vocabulary is not None else "data" if texts is not None and opened.takes_text else "model"
+    detector = opened.detector(settings.detecting, texts)
+    if resolved.origins["conf"] == "file":
+        console.note(f"{model} has NMS in it: scored is what it keeps, above {settings.conf:g} and at most {settings.max} a picture")
+    report: dict[str, Any] = {"model": model, "weights": opened.weights, "data": data}
+    report["vocabulary"] = {"names": len(detector.names), "from": source}
     if teacher is not None:
-        reference, _ = _load(teacher)
+        from crqat_fx.distortion import distortion
+        from crqat_fx.model_files import load_module
+        from crqat_fx.torch_detector import TorchDetector
+
+        assert isinstance(detector, TorchDetector)  # an exported file is refused above
+        reference, _ = load_module(teacher)
         with console.progress("distortion") as progress:
             drift = distortion(
-                loaded, reference.to(detector.device), dataset, detector.vocabulary, size=settings.size, limit=settings.compared,
+                detector.model, reference.to(detector.device), dataset, detector.vocabulary, size=settings.size, limit=settings.compared,
                 batch_size=settings.batch, device=detector.device, progress=progress,
             )  # fmt: skip
         report |= {"teacher": teacher, "distortion": drift.as_dict()}
@@ -448,9 +552,10 @@ class CostSettings:
 
 @app.command()
 def cost(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; {ON_PAPER_HELP}", show_default=False)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP}; {ON_PAPER_HELP}; or a prepared model", show_default=False)],
     recipe: Annotated[
-        str | None, typer.Option(help="4-4-8, 8-8-8-int, ... or a YAML file  [default: all float]", show_default=False)
+        str | None,
+        typer.Option(help="4-4-8, 8-8-8-int, ... or a YAML file  [default: a prepared model's, else all float]", show_default=False),
     ] = None,
     vocabulary: Annotated[str | None, typer.Option(help="how many texts, or a vocabulary .npz  [default: 80]", show_default=False)] = None,
     size: Annotated[int | None, typer.Option(help="picture size, a multiple of 32  [default: 640]", show_default=False)] = None,
@@ -462,21 +567,43 @@ def cost(
     as_json: Json = False,
 ) -> None:
     """Count multiply-accumulates, bit operations and size from the graph: as published, and as an export really runs it."""
-    from crqat_fx.checkpoint import load_model
     from crqat_fx.cost import cost as count
-    from crqat_fx.cost import format_report, model_on_paper
+    from crqat_fx.cost import format_report
     from crqat_fx.recipe import recipe_named
 
-    resolved = resolve(CostSettings, _given(recipe=recipe, vocabulary=vocabulary, size=size, target=target), config)
+    shape, own, carried = _shape(model)
+    resolved = resolve(CostSettings, _given(recipe=recipe, vocabulary=vocabulary, size=size, target=target), config, carried)
     settings = resolved.values
-    bits = None if settings.recipe is None else recipe_named(settings.recipe)
-    shape = model_on_paper(model) or load_model(model)[0]
+    bits = own if settings.recipe is None else recipe_named(settings.recipe)
     texts = _texts(settings.vocabulary, shape.config.text_width)
     counted = count(shape, bits, texts, settings.size, settings.target)
     if as_json:
         console.show_json({"model": model, "recipe": settings.recipe, **counted.as_json()})
     else:
         console.show(format_report(counted))
+
+
+def _shape(name: str) -> "tuple[YoloWorld, QuantRecipe | None, dict[str, Any]]":
+    """A model to be counted; of a prepared one also its recipe, and what its file says of the settings."""
+    import torch
+
+    from crqat_fx.checkpoint import Checkpoint, model_of
+    from crqat_fx.cost import model_on_paper
+    from crqat_fx.model_files import read_model
+    from crqat_fx.models.yolo_world import YoloWorld
+
+    on_paper = model_on_paper(name)
+    if on_paper is not None:
+        return on_paper, None, {}
+    opened = read_model(name)
+    if isinstance(opened, Checkpoint):
+        return model_of(opened), None, {}
+    if opened.config is None:
+        raise UserError("is of a module of your own, which is not counted", where=name, remedy="give a YOLO-World")
+    with torch.device("meta"):
+        model = YoloWorld(opened.config)
+    texts = None if opened.vocabulary is None else str(len(opened.vocabulary))
+    return model, opened.recipe, {"vocabulary": texts, "size": opened.size, "target": opened.target.name}
 
 
 def _texts(vocabulary: str, width: int) -> int:
@@ -486,8 +613,7 @@ def _texts(vocabulary: str, width: int) -> int:
     if vocabulary.isdecimal():
         return int(vocabulary)
     loaded = Vocabulary.load(vocabulary)
-    if loaded.width != width:
-        raise UserError(f"embeddings are {loaded.width} wide and the model reads {width}", where=vocabulary, remedy="give one of its width")
+    loaded.check_width(width, vocabulary)
     return len(loaded)
 
 
@@ -499,6 +625,7 @@ class PrepareSettings:
     target: str = DEFAULT_TARGET
     cpu: Literal["any", "vnni"] = "any"
     method: str = "lsq"
+    stages: Literal[2, 3] = 2
     vocabulary: Path | None = None  # None takes the model's own
     size: int = 640
     calibrate: str | None = None  # pictures, or shapes; None leaves the quantizers without ranges
@@ -525,6 +652,9 @@ def prepare(
         str | None, typer.Option(help="any, or vnni: 8-bit weights use all 8 bits  [default: any, 7 bits under ort]", show_default=False)
     ] = None,
     method: Annotated[str | None, typer.Option(help="how quantizers learn: lsq or pact  [default: lsq]", show_default=False)] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="of a curriculum; 2: backbone, neck-head; 3: backbone, neck, head  [default: 2]", show_default=False)
+    ] = None,
     vocabulary: VocabularyFile = None,
     size: PictureSize = None,
     calibrate: Annotated[
@@ -542,22 +672,23 @@ def prepare(
     Shows the passes that ran, the stages, and what stays float and why. `evaluate` and `detect` take the result.
     """
     from crqat_fx.checkpoint import load_model
-    from crqat_fx.detect import DetectSettings, carried_settings, open_vocabulary
+    from crqat_fx.detect import DetectSettings, open_vocabulary
     from crqat_fx.quantize.calibrate import calibrate as set_ranges
     from crqat_fx.quantize.calibrate import picture_batches
     from crqat_fx.quantize.prepare import prepare as insert
+    from crqat_fx.torch_detector import carried_settings
 
     loaded, checkpoint = load_model(model)
     flags = _given(
-        recipe=recipe, target=target, cpu=cpu, method=method, vocabulary=vocabulary, size=size, calibrate=calibrate, observer=observer,
-        pictures=pictures,
+        recipe=recipe, target=target, cpu=cpu, method=method, stages=stages, vocabulary=vocabulary, size=size, calibrate=calibrate,
+        observer=observer, pictures=pictures,
     )  # fmt: skip
     resolved = resolve(PrepareSettings, flags, config, carried_settings(checkpoint))
     settings = resolved.values
     texts = open_vocabulary(checkpoint.vocabulary, DetectSettings(vocabulary=settings.vocabulary, size=settings.size), checkpoint.path)
     prepared = insert(
         loaded, recipe=settings.recipe, target=settings.target, vocabulary=texts, size=settings.size, cpu=settings.cpu,
-        method=settings.method,
+        method=settings.method, stages=settings.stages, take_over=True,
     )  # fmt: skip
     if settings.calibrate is not None:
         with console.progress("calibrate") as progress:
@@ -565,7 +696,7 @@ def prepare(
             set_ranges(prepared, batches, settings.observer, settings.pictures, progress=progress)
     prepared.save(out)
     resolved.write(_beside(out), _command("prepare", model))
-    stages = [
+    parts = [
         {"stage": stage.name, "nodes": len(stage.nodes), "modules": sum(node.op == "call_module" for node in stage.nodes),
          "quantizers": len(prepared.quantizers([stage.name]))}
         for stage in prepared.stages
@@ -573,10 +704,10 @@ def prepare(
     steps = [{"pass": step.name, "rewrites": step.rewrites, "ms": step.seconds * 1e3} for step in prepared.steps]
     floats = [{"path": path, "why": why} for path, why in prepared.floats()]
     if as_json:
-        report = {"out": str(out), "passes": steps, "stages": stages, "float": floats, "calibrated": prepared.calibrated}
+        report = {"out": str(out), "passes": steps, "stages": parts, "float": floats, "calibrated": prepared.calibrated}
         console.show_json({**report, "settings": resolved.as_json()})
         return
-    for title, rows in (("passes", steps), ("stages", stages), ("what stays float", floats)):
+    for title, rows in (("passes", steps), ("stages", parts), ("what stays float", floats)):
         if rows:
             console.show(console.table(title, list(rows[0]), [list(row.values()) for row in rows]))
     console.note(f"prepared: {out}" + ("" if prepared.calibrated else "; give --calibrate to set the ranges of its quantizers"))
@@ -597,20 +728,453 @@ def _calibration_pictures(place: str, size: int, count: int) -> "Iterator[np.nda
     return (picture.pixels for picture in islice((each for source in sources for each in read_source(source)), count))
 
 
-def _load(name: str) -> "tuple[nn.Module, Checkpoint]":
-    """A model that runs, and what its file carries: of a checkpoint, or of a prepared model with its ranges set."""
-    from crqat_fx.checkpoint import Checkpoint, load_model
-    from crqat_fx.quantize.prepare import load_prepared
-    from crqat_fx.quantize.prepared import is_prepared_file
-    from crqat_fx.shipped import locate
+@app.command()
+def train(
+    prepared: Annotated[Path, typer.Argument(help="a prepared model", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="the run's folder: settings.yaml, log.jsonl, quantizers.jsonl, tensorboard/, last.pt, prepared.pt", show_default=False
+        ),
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="the full-precision checkpoint that teaches; cr-qat and kd need it", show_default=False)
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="a data.yaml; or shapes, the drawn task  [default: shapes]", show_default=False)] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="cr-qat: stage by stage, taught; cqat: stage by stage; kd: taught; qat  [default: cr-qat]", show_default=False),
+    ] = None,
+    relations: Annotated[
+        str | None, typer.Option(help="what TRKD compares: full, region-text, region-region, none  [default: full]", show_default=False)
+    ] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="statistics of the norms that are trained: train or frozen  [default: train]", show_default=False)
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="picture size  [default: the prepared model's]", show_default=False)] = None,
+    texts: Annotated[int | None, typer.Option(help="texts a picture  [default: 80]", show_default=False)] = None,
+    pictures: Annotated[int | None, typer.Option(help="pictures of the drawn task  [default: 8000]", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="steps in all  [default: 10000]", show_default=False)] = None,
+    batch: Annotated[int | None, typer.Option(help="pictures a batch, over all processes  [default: 16]", show_default=False)] = None,
+    accumulate: Annotated[int | None, typer.Option(help="batches a step  [default: 1]", show_default=False)] = None,
+    rate: Annotated[float | None, typer.Option(help="learning rate  [default: 0.0002]", show_default=False)] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: fp32]", show_default=False)] = None,
+    device: Device = None,
+    threads: Threads = None,
+    workers: Annotated[
+        int | None, typer.Option(help="processes that read a data.yaml's pictures  [default: 0, none]", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of the order of the data  [default: 0]", show_default=False)] = None,
+    log_every: Annotated[int | None, typer.Option(help="steps between log lines  [default: 20]", show_default=False)] = None,
+    save_every: Annotated[int | None, typer.Option(help="steps between saves  [default: 500]", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Train a prepared model: by the published curriculum with its teacher, or by one of its baselines.
 
-    if not is_prepared_file(locate(name)):
-        return load_model(name)
-    prepared = load_prepared(name)
+    What has no flag (the weights of the losses, the phases themselves) is set by --config; configs/o365_gqa_448.yaml shows all. The result
+    holds averaged and raw weights. A stopped or killed run goes on, bit for bit on a CPU, with --resume; Ctrl-C saves first.
+    """
+    from crqat_fx.qat import QatSettings, train_file
+    from crqat_fx.quantize.prepared import read_saved
+    from crqat_fx.train import settings_of
+
+    flags = _given(
+        teacher=teacher, data=data, method=method, relations=relations, norm=norm, size=size, texts=texts, pictures=pictures, steps=steps,
+        batch=batch, accumulate=accumulate, rate=rate, precision=precision, device=device, threads=threads, workers=workers, seed=seed,
+        log_every=log_every, save_every=save_every,
+    )  # fmt: skip
+    carried = settings_of(out) if resume else {"size": read_saved(prepared).size}
+    resolved = resolve(QatSettings, flags, config, carried)
+    with console.progress("train") as progress:
+        result = train_file(prepared, resolved.values, out, origins=resolved.origins, progress=progress, resume=resume)
+    _show_training(result, resolved.as_json(), as_json, "averaged and raw weights are in")
+
+
+def _show_training(result: "TrainResult", settings: dict[str, Any], as_json: bool, what: str) -> None:
+    """What a training left; of several processes the first one tells."""
+    if result.first and as_json:
+        console.show_json({**dataclasses.asdict(result), "settings": settings})
+    elif result.first:
+        console.note(f"step {result.steps} after {result.seconds:.0f} s; {what} {result.model}")
+        for deed, counts in (("skipped", result.skipped), ("repaired", result.repaired)):
+            if counts:
+                console.note(f"{deed}: {', '.join(f'{count} x {kind}' for kind, count in counts.items())}")
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of the command `export`."""
+
+    form: Literal["straight", "tuned", "fp16"] = "tuned"  # of a checkpoint; of a prepared model its codes are exported
+    weights: Literal["int4", "int8"] | None = None  # None: the least that holds the codes
+    vocabulary: Path | None = None  # None takes the model's own
+    runtime_text: bool = False
+    dynamic: str = ""  # batch, size, or both with a comma between
+    outputs: Literal["decoded", "raw", "nms"] = "decoded"
+    input: Literal["float", "uint8"] = "float"
+    size: int = 640
+    conf: float = 0.25  # these three of nms
+    iou: float = 0.7
+    max: int = 300
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(help=f"a prepared or trained model, for its codes; for floats {MODEL_HELP}; {ON_PAPER_HELP}", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="the ONNX file to write")] = Path("model.onnx"),
+    weights: Annotated[
+        str | None,
+        typer.Option(help="how codes of weights are stored: int4, int8  [default: the least that holds them]", show_default=False),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="of a checkpoint: straight, as it is written; tuned, by exact algebra; fp16  [default: tuned]", show_default=False
+        ),
+    ] = None,
+    vocabulary: VocabularyFile = None,
+    runtime_text: Annotated[bool, typer.Option("--runtime-text", help="leave the text an input; else the vocabulary is folded in")] = False,
+    dynamic: Annotated[
+        str | None,
+        typer.Option(help="what stays open: batch, size (multiples of 32), or batch,size  [default: neither]", show_default=False),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="put out logits and bins of each level in place of boxes and scores")] = False,
+    nms: Annotated[bool, typer.Option("--nms", help="put out detections and their counts in place of boxes and scores")] = False,
+    input: Annotated[  # noqa: A002
+        str | None, typer.Option("--input", help="float: [B,3,H,W] in [0, 1]; uint8: [B,H,W,3]  [default: float]", show_default=False)
+    ] = None,
+    raw_weights: Annotated[
+        bool, typer.Option("--raw-weights", help="of a trained model export the raw weights, not their average")
+    ] = False,
+    size: PictureSize = None,
+    conf: Annotated[float | None, typer.Option(help="lowest score that --nms keeps  [default: 0.25]", show_default=False)] = None,
+    iou: Annotated[float | None, typer.Option(help="overlap above which --nms drops a box  [default: 0.7]", show_default=False)] = None,
+    most: Annotated[
+        int | None, typer.Option("--max", help="most detections a picture that --nms keeps  [default: 300]", show_default=False)
+    ] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model as ONNX: of a prepared one the integers that onnxruntime runs, of a checkpoint the floats to compare them with.
+
+    Shows what was written, and what of it onnxruntime really computes in integers.
+    """
+    from crqat_fx.checkpoint import Checkpoint, model_of
+    from crqat_fx.coverage import coverage, format_coverage
+    from crqat_fx.detections import Selection
+    from crqat_fx.export import export as write
+    from crqat_fx.quantize.prepared import Prepared
+    from crqat_fx.torch_detector import carried_settings
+    from crqat_fx.vocabulary import Vocabulary
+
+    if raw and nms:
+        raise UserError("--raw and --nms are two kinds of outputs", remedy="give one of them")
+    opened = _file_or_preset(model, raw=raw_weights)
+    chosen = "only" if isinstance(opened, Checkpoint) else opened.weights
+    _say_weights(model, chosen)
+    flags = _given(
+        form=form, weights=weights, vocabulary=vocabulary, runtime_text=runtime_text or None, dynamic=dynamic,
+        outputs="raw" if raw else "nms" if nms else None, input=input, size=size, conf=conf, iou=iou, max=most,
+    )  # fmt: skip
+    carried = carried_settings(opened) if isinstance(opened, Checkpoint) else {"size": opened.size}
+    resolved = resolve(ExportSettings, flags, config, carried)
+    settings = resolved.values
+    if isinstance(opened, Prepared) and resolved.origins["form"] != "default":
+        raise UserError("is a prepared model: its codes are exported, in no form of floats", where="--form", remedy="leave it out")
+    texts = opened.vocabulary if settings.vocabulary is None else Vocabulary.load(settings.vocabulary)
+    with console.progress("export") as progress:
+        written_file = write(
+            model_of(opened) if isinstance(opened, Checkpoint) else opened, out, vocabulary=texts, runtime_text=settings.runtime_text,
+            form=settings.form, weights=settings.weights, size=settings.size, dynamic=_open_axes(settings.dynamic),
+            outputs=settings.outputs, input=settings.input,
+            selection=Selection(settings.conf, settings.iou, settings.max), progress=progress,
+        )  # fmt: skip
+    resolved.write(_beside(out), _command("export", model))
+    metadata = written_file.metadata
+    covered = coverage(out, size=settings.size)
+    if as_json:
+        steps = [{"pass": step.name, "rewrites": step.rewrites, "ms": step.seconds * 1e3} for step in written_file.steps]
+        report = {"out": str(out), "weights": chosen, "bytes": written_file.size_bytes, "metadata": metadata.as_strings(), "passes": steps}
+        console.show_json({**report, "coverage": covered.as_json(), "settings": resolved.as_json()})
+        return
+    console.show(format_coverage(covered))
+    text = f"{len(metadata.names)} names folded in" if metadata.text == "constant" else "text as an input"
+    kind = f"weights {metadata.weights}, outputs {metadata.outputs}, input {metadata.input}, {text}"
+    console.note(f"{out}: {written_file.size_bytes / 2**20:.2f} MiB, {kind}")
+
+
+def _open_axes(dynamic: str) -> "tuple[Literal['batch', 'size'], ...]":
+    """What `--dynamic` names."""
+    named = [name.strip() for name in dynamic.split(",") if name.strip()]
+    unknown = [name for name in named if name not in ("batch", "size")]
+    if unknown:
+        raise UserError(f"{unknown[0]!r} cannot be left open", where="--dynamic", remedy="give batch, size, or batch,size")
+    found: tuple[Literal["batch", "size"], ...] = (*(("batch",) if "batch" in named else ()), *(("size",) if "size" in named else ()))
+    return found
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """Settings of the command `verify`."""
+
+    vocabulary: Path | None = None  # None takes the prepared model's own
+    count: int = 4  # pictures
+    data: str | None = None  # a set, for the AP of both
+    pictures: int = 500  # of the drawn task, for the AP
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count is {self.count}", remedy="give at least one picture")
+
+
+@app.command()
+def verify(
+    prepared: Annotated[str, typer.Argument(help="the prepared or trained model", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="the .onnx that was exported from it", show_default=False)],
+    place: Annotated[str, typer.Argument(metavar="PICTURES", help="a folder of pictures, or shapes, the drawn task", show_default=False)],
+    count: Annotated[int | None, typer.Option(help="pictures compared  [default: 4]", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Option(help="also compare the AP of both on a data.yaml, or shapes, the drawn task", show_default=False)
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, help="validation pictures of the drawn task  [default: 500]", show_default=False)
+    ] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="vocabulary .npz that was given to export, in place of the model's own", show_default=False)
+    ] = None,
+    raw: Raw = False,
+    threads: Threads = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Check that an exported file computes what the prepared model does, rung by rung and tensor by tensor.
+
+    The exit status is 1 where a rung fails, and the first tensor that departs is named.
+    """
+    from crqat_fx.quantize.prepare import load_prepared
+    from crqat_fx.verify import verify_file
+    from crqat_fx.vocabulary import Vocabulary
+
+    flags = _given(count=count, data=data, pictures=pictures, vocabulary=vocabulary, threads=threads)
+    resolved = resolve(VerifySettings, flags, config)
+    settings = resolved.values
+    loaded = load_prepared(prepared, raw=raw)
+    _say_weights(prepared, loaded.weights)
+    texts = None if settings.vocabulary is None else Vocabulary.load(settings.vocabulary)
+    with console.progress("verify") as progress:
+        shown = _calibration_pictures(place, loaded.size, settings.count)
+        found = verify_file(
+            loaded, model, shown, vocabulary=texts, count=settings.count, threads=settings.threads, progress=progress
+        )  # fmt: skip
+    if settings.data is not None:
+        found = dataclasses.replace(found, rungs=(*found.rungs, _accuracy_rung(prepared, model, settings, raw)))
+    if as_json:
+        console.show_json({"prepared": prepared, "file": str(model), **found.as_dict(), "settings": resolved.as_json()})
+    else:
+        judged = {True: "holds", False: "FAILS", None: "reported"}
+        rows = [(rung.number or "", rung.name, rung.tensors, *rung.steps, judged[rung.passed]) for rung in found.rungs]
+        head = ("rung", "compared", "tensors", "equal", "1 off", "2 off", "more", "")
+        console.show(console.table(f"{model.name} against {Path(prepared).name}", head, rows))
+        for rung in found.rungs:
+            if rung.detail and rung.passed is not None:
+                console.note(f"{rung.name}: {rung.detail}")
+        for why, count in Counter(found.collapsed.values()).items():
+            console.note(f"{count} quantizers of the model are not in the file: {why}; --json names them")
+    if not found.passed:
+        console.note(f"departs first: {found.departs}")
+        raise typer.Exit(1)
+
+
+def _accuracy_rung(prepared: str, model: Path, settings: VerifySettings, raw: bool) -> "Rung":
+    """The AP of the prepared model and of the file, on the same set and with the same vocabulary."""
+    from crqat_fx.data.opening import open_evaluation
+    from crqat_fx.evaluate import EvaluateSettings, evaluate
+    from crqat_fx.model_files import open_model
+    from crqat_fx.verify import accuracy
+
+    assert settings.data is not None
+    scores = []
+    for name in (prepared, str(model)):
+        opened = open_model(name, raw=raw and name == prepared)
+        size = int(opened.carried_settings()["size"])
+        takes = settings.vocabulary if name == prepared or opened.takes_text else None
+        asked = EvaluateSettings(vocabulary=takes, size=size, threads=settings.threads)
+        dataset, texts = open_evaluation(settings.data, size, settings.pictures)
+        with console.progress(f"AP of {Path(name).name}") as progress:
+            scores.append(evaluate(opened.detector(asked.detecting, texts), dataset, progress=progress).scores.ap)
+    return accuracy(*scores)
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """Settings of the command `sensitivity`."""
+
+    pictures: int = 16  # that noise is measured on
+    ap_pictures: int = 100  # 0: no AP
+    vocabulary: Path | None = None  # in place of the one that the data or the model's file brings
+    batch: int = 4
+    size_mib: float | None = None  # budgets: one of them asks for a recipe
+    bops_t: float | None = None
+    counted: Literal["published", "export"] = "published"
+    widths: tuple[str, ...] = ("4-4", "4-8", "8-8")
+    calibrate: str | None = None  # None: the drawn task's own, with --data shapes
+    calibrated_on: int = 256
+    observer: str | None = None  # None: what set the model's own ranges
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size_mib is not None and self.bops_t is not None:
+            raise UserError("a recipe is made for one budget", where="--size-mib, --bops-t", remedy="give one of them")
+        for name, least in (("pictures", 1), ("ap_pictures", 0), ("batch", 1), ("calibrated_on", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy=f"give a number from {least}")
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="a prepared and calibrated model", show_default=False)],
+    data: Annotated[str, typer.Option(help="a data.yaml; or shapes, the drawn task", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder for sensitivity.json, sensitivity.svg, settings.yaml, and recipe.yaml")] = Path(
+        "sensitivity"
+    ),
+    pictures: Annotated[int | None, typer.Option(help="pictures that noise is measured on  [default: 16]", show_default=False)] = None,
+    ap_pictures: Annotated[int | None, typer.Option(help="pictures that AP is scored on  [default: 100]", show_default=False)] = None,
+    no_ap: Annotated[bool, typer.Option("--no-ap", help="the noise alone, which takes a fraction of the time")] = False,
+    size_mib: Annotated[float | None, typer.Option(help="propose a recipe for a model of at most so many MiB", show_default=False)] = None,
+    bops_t: Annotated[float | None, typer.Option(help="or for at most so many tera bit operations a picture", show_default=False)] = None,
+    counted: Annotated[
+        str | None,
+        typer.Option(help="how the budget counts: published, or as the export runs it  [default: published]", show_default=False),
+    ] = None,
+    widths: Annotated[
+        list[str] | None,
+        typer.Option(help="weight-activation bits to choose from; may be repeated  [default: 4-4, 4-8, 8-8]", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="pictures to set the ranges of what is tried by: a folder, or shapes", show_default=False)
+    ] = None,
+    calibrated_on: Annotated[int | None, typer.Option(help="at most so many of them  [default: 256]", show_default=False)] = None,
+    observer: Annotated[str | None, typer.Option(help="what sets them  [default: what set the model's own]", show_default=False)] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="vocabulary .npz, in place of the data's or else the model's own", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="pictures run at once  [default: 4]", show_default=False)] = None,
+    device: Device = None,
+    threads: Threads = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize one block at a time, the rest in float, and show what each costs: in signal to quantization noise of detections, and in AP.
+
+    With a budget also propose a recipe, as many bits in every block as the budget bears where they do most: `prepare --recipe` takes it.
+    """
+    from crqat_fx.mixed_recipe import Budget, Widths, propose
+    from crqat_fx.plots import write_sensitivity
+    from crqat_fx.sensitivity import sensitivity as measure
+
+    flags = _given(
+        pictures=pictures, ap_pictures=0 if no_ap else ap_pictures, vocabulary=vocabulary, batch=batch, size_mib=size_mib, bops_t=bops_t,
+        counted=counted, widths=widths, calibrate=calibrate, calibrated_on=calibrated_on, observer=observer, device=device, threads=threads,
+    )  # fmt: skip
+    resolved = resolve(SensitivitySettings, flags, config)
+    settings = resolved.values
+    of: Literal["size_mib", "bops_t"] = "bops_t" if settings.size_mib is None else "size_mib"
+    limit = settings.bops_t if settings.size_mib is None else settings.size_mib
+    tried = [Widths.parse(each) for each in settings.widths]
+    place = settings.calibrate or (data if data == "shapes" else None)
+    if limit is not None and place is None:
+        raise UserError("a proposal is calibrated on pictures", where="--calibrate", remedy="name a folder of some like training's")
+    prepared, dataset = _measurable(model, data, settings)
+    with console.progress("sensitivity") as progress:
+        found = measure(
+            prepared, dataset, pictures=settings.pictures, ap_pictures=settings.ap_pictures, batch=settings.batch, progress=progress
+        )  # fmt: skip
+    proposal = None
+    if limit is not None and place is not None:
+        calibration = place
+        with console.progress("proposal") as progress:
+            proposal = propose(
+                prepared, Budget(limit, of, settings.counted), dataset,
+                lambda: _calibration_pictures(calibration, prepared.size, settings.calibrated_on), tried, observer=settings.observer,
+                calibrated_on=settings.calibrated_on, pictures=settings.pictures, ap_pictures=settings.ap_pictures, batch=settings.batch,
+                progress=progress,
+            )  # fmt: skip
+    report: dict[str, Any] = {"model": model, "data": data, **found.as_json()}
+    if proposal is not None:
+        proposal.recipe.save(out / "recipe.yaml")
+        report["proposal"] = {"file": str(out / "recipe.yaml"), **proposal.as_json()}
+    with written(out / "sensitivity.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_sensitivity(found, out / "sensitivity.svg", proposal)
+    resolved.write(out / SETTINGS, _command("sensitivity", model, "--data", data))
+    if as_json:
+        console.show_json({**report, "settings": resolved.as_json()})
+        return
+    _show_sensitivity(found, proposal)
+    console.note(f"sensitivity.json, sensitivity.svg and settings.yaml are in {out}")
+    if proposal is not None:
+        console.note(f"prepare by it: crqat-fx prepare MODEL --recipe {out / 'recipe.yaml'} --target {prepared.target.name}")
+
+
+def _measurable(model: str, data: str, settings: SensitivitySettings) -> "tuple[Prepared, EvaluationSet]":
+    """The prepared model, with the vocabulary that it is to be measured under, and the set."""
+    import torch
+
+    from crqat_fx.checkpoint import Checkpoint
+    from crqat_fx.data.opening import open_evaluation
+    from crqat_fx.device import usable_device
+    from crqat_fx.evaluate import category_slots
+    from crqat_fx.model_files import read_model
+    from crqat_fx.vocabulary import Vocabulary
+
+    prepared = read_model(model)
+    if isinstance(prepared, Checkpoint):
+        raise UserError("is a float model, which no quantizer is in", where=model, remedy="prepare it with `crqat-fx prepare --calibrate`")
     if not prepared.calibrated or prepared.config is None:
-        raise UserError("its quantizers have no ranges", where=name, remedy="prepare it again with --calibrate")
-    carried = Checkpoint(Path(name), "crqat-fx", prepared.config, {}, prepared.vocabulary, extra={"size": prepared.size})
-    return prepared.graph.eval(), carried
+        raise UserError("its quantizers have no ranges", where=model, remedy="prepare it again with --calibrate")
+    dataset, texts = open_evaluation(data, prepared.size, max(settings.pictures, settings.ap_pictures))
+    given = Vocabulary.load(settings.vocabulary) if settings.vocabulary is not None else texts or prepared.vocabulary
+    if given is None:
+        raise UserError("carries no vocabulary", where=model, remedy="give one with --vocabulary")
+    given.check_width(prepared.config.text_width, settings.vocabulary or model)
+    if settings.ap_pictures:
+        category_slots(given.names, dataset.coco)  # before minutes of measuring
+    prepared.vocabulary = given
+    prepared.graph.to(usable_device(settings.device))
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return prepared, dataset
+
+
+def _show_sensitivity(found: "Sensitivity", proposal: "Proposal | None") -> None:
+    from crqat_fx.graph_picture import short
+    from crqat_fx.noise import decibels
+
+    scored, chosen = found.float_ap is not None, {} if proposal is None else proposal.chosen
+    head = ("quantized alone", "W", "A", "quantizers", "dB", *(("AP",) if scored else ()), *(("proposed",) if chosen else ()))
+    rows: list[tuple[object, ...]] = [
+        (short(each.block), *("/".join(map(str, bits)) or "-" for bits in (each.weight_bits, each.activation_bits)), each.quantizers,
+         each.db, *((each.ap,) if scored else ()), *((str(chosen.get(each.block, "as it is")),) if chosen else ()))
+        for each in found.blocks
+    ]  # fmt: skip
+    title = f"noise in detections on {found.pictures} pictures" + (f", AP on {found.ap_pictures}" if scored else "")
+    console.show(console.table(title, head, rows))
+    rows = [("nothing", None, found.float_ap), ("all", decibels(found.share), found.ap)]
+    if proposal is not None:
+        rows.append((f"the proposal (predicted: {proposal.predicted:.1f})", proposal.measured, proposal.ap))
+    console.show(console.table("the whole", ("quantized", "dB", "AP")[: 3 if scored else 2], [row[: 3 if scored else 2] for row in rows]))
+    if proposal is not None:
+        cost = f"{proposal.cost.size_mib:.2f} MiB, {proposal.cost.bops_t:.3g} T BOPs"
+        console.note(f"the proposal costs {cost}, counted as {proposal.budget.counted}")
 
 
 @app.command()
@@ -660,15 +1224,45 @@ def pretrain(
     resolved = resolve(PretrainSettings, flags, config, settings_of(out) if resume else None)
     with console.progress("pretrain") as progress:
         result = run(resolved.values, out, origins=resolved.origins, progress=progress, resume=resume)
+    _show_training(result, resolved.as_json(), as_json, "the averaged weights are")
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(help="exported models, .onnx; the first is what the others are compared with", show_default=False)
+    ],
+    threads: Annotated[int | None, typer.Option(help="processor threads  [default: 1]", show_default=False)] = None,
+    rounds: Annotated[int | None, typer.Option(help="turns that each model gets  [default: 15]", show_default=False)] = None,
+    runs: Annotated[int | None, typer.Option(help="runs a turn  [default: 3]", show_default=False)] = None,
+    size: Annotated[int | None, typer.Option(help="picture size where a file leaves it open  [default: 640]", show_default=False)] = None,
+    batch: Annotated[int | None, typer.Option(help="batch where a file leaves it open  [default: 1]", show_default=False)] = None,
+    texts: Annotated[int | None, typer.Option(help="texts where a file leaves them open  [default: 80]", show_default=False)] = None,
+    operators: Annotated[bool, typer.Option("--operators", help="also show the time by operator, and what runs in integers")] = False,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Time exported models against each other: each in its own process, in turns; medians, with the quartiles around them."""
+    from crqat_fx.bench import BenchSettings, format_machine, operators_of
+    from crqat_fx.bench import bench as run
+    from crqat_fx.coverage import format_coverage
+
+    flags = _given(threads=threads, rounds=rounds, runs=runs, size=size, batch=batch, texts=texts)
+    resolved = resolve(BenchSettings, flags, config)
+    with console.progress("bench") as progress:
+        report = run(models, resolved.values, progress)
+    details = [operators_of(model, resolved.values) for model in models] if operators else []
     if as_json:
-        console.show_json({**dataclasses.asdict(result), "settings": resolved.as_json()})
-    else:
-        console.note(f"step {result.steps} after {result.seconds:.0f} s; the averaged weights are {result.model}")
-        for deed, counts in (("skipped", result.skipped), ("repaired", result.repaired)):
-            if counts:
-                console.note(f"{deed}: {', '.join(f'{count} x {kind}' for kind, count in counts.items())}")
-    if result.interrupted:
-        raise typer.Exit(130)
+        console.show_json({**report.as_json(), "operators": [one.as_json() for one in details], "settings": resolved.as_json()})
+        return
+    first = report.timings[0]
+    rows = [(one.name, one.bytes / 2**20, f"{one.milliseconds:.1f}", f"{one.times_faster_than(first):.2f}") for one in report.timings]
+    console.show(console.table("time of one run", ("model", "MiB", "ms", "times as fast as the first"), rows, digits=2))
+    for each in details:
+        lines = [(one.kind, one.nodes, one.macs / 1e9, one.milliseconds) for one in each.times]
+        console.show(console.table(str(each.path), ("operator", "nodes", "MACs G", "ms"), lines, digits=2))
+        console.show(format_coverage(each.coverage))
+    console.note(f"medians and quartiles; threads {report.settings.threads}; {format_machine(report.machine)}")
 
 
 @dataclass(frozen=True)
@@ -700,7 +1294,12 @@ def demo(
     for title, rows in (
         (f"AP on {report['pictures']} pictures of the drawn task", report["accuracy"]),
         ("cost of an export", report["cost"]),
+        (f"exported and run by onnxruntime: {report['recipe']}, calibrated and not trained", report["exported"]),
     ):
         console.show(console.table(title, list(rows[0]), [list(row.values()) for row in rows], digits=2))
-    console.note(f"the costs of {', '.join(RECIPES)} are counted on the graph; `crqat-fx prepare` quantizes for their accuracy")
+    console.note(f"the costs of {', '.join(RECIPES)} are counted on the graph")
+    verified = report["verified"]
+    console.note("int4.onnx computes what prepared.pt does, rung by rung" if verified["passed"] else f"DEPARTS: {verified['departs']}")
     console.note(f"drawn: {out / 'detections'} and {out / 'stages.svg'}")
+    if not verified["passed"]:
+        raise typer.Exit(1)

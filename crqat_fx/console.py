@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,8 +48,9 @@ def start_logging(debug: bool) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A bar for one long deed, drawn by calling what it yields. Where no terminal is there to draw on, a line now and then."""
-    if not notes.is_terminal:
+    """A bar for one long deed, drawn by calling what it yields. Where no terminal is there to draw on, a line now and then. Of several
+    processes that torchrun started the first one draws."""
+    if not notes.is_terminal or os.environ.get("RANK", "0") != "0":
         yield _lines(title)
         return
     columns = (

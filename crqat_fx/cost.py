@@ -2,7 +2,11 @@
 
 The published convention: one picture. BOPs are MACs x weight bits x activation bits over convolutions, linears and matrix products (32 x 32
 where float; a product of two activations takes their bits twice). Size is 4 B a float parameter, bits/8 a quantized weight, and 4 B for
-every scale and zero point of weights and activation quantizers.
+every scale and zero point of weights and activation quantizers. Published figures were counted so, for the target `conv-inputs`.
+
+A target that computes in integers, `ort`, is counted as it computes and stores. A product takes no more bits of its weight, or of the
+operand in a weight's place, than the target's products bear: 7 where the recipe says 8. Codes are stored as its files hold them: up to
+4 bits in 4, everything wider in 8, those 7 too.
 
 What an export runs, for a fixed vocabulary: BatchNorm folded; what does not depend on the picture computed once and stored, at the bits of
 the product that reads it; and a last 1x1 convolution that a constant text reads through linear nodes alone collapsed with it into one 1x1
@@ -24,13 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import SIZES, Match, YoloWorld, build, max_similarity
-from crqat_fx.pipelines import BINS, LOGITS, float_export_passes
+from crqat_fx.pipelines import BINS, LOGITS
 from crqat_fx.recipe import FLOAT, QuantRecipe, QuantRule, Target, target_named
 from crqat_fx.trace import trace_unproved
+from passes.fx.fold_batchnorm import FoldBatchNorm
 from passes.fx.graph import ancestors, blocks_of, descendants, is_quantizer, living, module_of, node_paths, nodes_in, readers_of_values
 from passes.spec import QuantSpec
 
 FLOAT_BITS = SCALAR_BITS = 32
+INTEGER_BITS = (4, 8)  # of the integers that an ONNX file holds codes in
 PICTURE_INPUT, TEXT_INPUT = 0, 1  # placeholders; an export for a fixed vocabulary has the text as a constant
 MOST_TEXTS = 1_000_000  # far above any vocabulary, far below where the numbers of bytes overflow
 M = TypeVar("M", bound=nn.Module)
@@ -127,7 +133,7 @@ def measure(model: nn.Module, vocabulary: int = 80, size: int = 640) -> Measurem
     folded = copy.deepcopy(graph)
     # a recipe speaks of the model's own paths, which folding may change: what is read through a norm is then read through a convolution
     paths = {node: plain.paths[original] for original, node in zip(graph.graph.nodes, folded.graph.nodes, strict=True)}
-    float_export_passes()(folded)
+    FoldBatchNorm()(folded)
     return Measurement(vocabulary, size, plain, _Counted.run(folded, inputs, node_paths(folded) | paths))
 
 
@@ -292,9 +298,9 @@ def _published(counted: _Counted, recipe: QuantRecipe, target: Target) -> dict[N
     for node in counted.graph.graph.nodes:
         path = counted.paths[node]
         rule = recipe.rule_for(path)
-        weights = _weights(counted.parameters(node), rule, stored, path)
+        weights = _weights(counted.parameters(node), rule, target, stored, path)
         quantizers = _quantizers(counted, node, rule, target, counted.shapes.get(node, ()))
-        costs[node] = _product(counted, node, counted.macs[node], rule) + weights + quantizers
+        costs[node] = _product(counted, node, counted.macs[node], rule, target) + weights + quantizers
     return costs
 
 
@@ -318,36 +324,47 @@ def _exported(counted: _Counted, recipe: QuantRecipe, target: Target) -> dict[No
             texts, channels = counted.shapes[match][1], parameters["weight"].shape[0]
             macs, output = macs // channels * texts, (output[0], texts, *output[2:])
             parameters = {"weight": parameters["weight"][:1].expand(texts, -1, -1, -1), "bias": torch.empty(texts, device="meta")}
-        here = _product(counted, node, macs, rule) + _weights(parameters, rule, stored, path)
+        here = _product(counted, node, macs, rule, target) + _weights(parameters, rule, target, stored, path)
         constants = [source for source in node.all_input_nodes if source not in varying and source in counted.shapes]
         for constant in constants:
             spec = rule.activation if counted.macs[node] else None
-            here += _stored(counted.elements(constant), spec, counted.shapes[constant], path)
+            here += _stored(counted.elements(constant), spec, target, counted.shapes[constant], path)
         costs[node] = here + _quantizers(counted, node, rule, target, output, without=constants)
     return costs
 
 
-def _product(counted: _Counted, node: Node, macs: int, rule: QuantRule) -> Cost:
+def _product(counted: _Counted, node: Node, macs: int, rule: QuantRule, target: Target) -> Cost:
     """The node's MACs at the bits of its operands."""
+    weighs = "weight" in counted.parameters(node)
     activation = rule.activation.bits if rule.activation else FLOAT_BITS
-    weight = (rule.weight.bits if rule.weight else FLOAT_BITS) if "weight" in counted.parameters(node) else activation
-    return Cost(macs=macs, bops=macs * weight * activation)
+    weight = rule.weight if weighs else rule.activation
+    bits = weight.bits if weight else FLOAT_BITS
+    if weight and (weighs or counted.kind(node) in target.signed):
+        bits = min(bits, target.weight_bits)
+    return Cost(macs=macs, bops=macs * bits * activation)
 
 
-def _weights(parameters: Mapping[str, Tensor], rule: QuantRule, stored: set[Tensor], path: str) -> Cost:
+def _weights(parameters: Mapping[str, Tensor], rule: QuantRule, target: Target, stored: set[Tensor], path: str) -> Cost:
     """A weight of two axes and more (a norm's has one) at the rule's bits, with its scales; every other parameter in float. What is shared
     is stored once."""
     total = Cost()
     for name, value in parameters.items():
         if value not in stored:  # by identity, which is how tensors hash
             stored.add(value)
-            total += _stored(value.numel(), rule.weight if name == "weight" and value.dim() > 1 else None, tuple(value.shape), path)
+            spec = rule.weight if name == "weight" and value.dim() > 1 else None
+            total += _stored(value.numel(), spec, target, tuple(value.shape), path)
     return total
 
 
-def _stored(elements: int, spec: QuantSpec | None, shape: tuple[int, ...], path: str) -> Cost:
-    bits = elements * FLOAT_BITS if spec is None else elements * spec.bits + _scalars(spec, shape, path) * SCALAR_BITS
-    return Cost(parameters=elements, bits=bits, fp32_bits=elements * FLOAT_BITS)
+def _stored(elements: int, spec: QuantSpec | None, target: Target, shape: tuple[int, ...], path: str) -> Cost:
+    bits = elements * (FLOAT_BITS if spec is None else _held_in(spec.bits, target))
+    scalars = 0 if spec is None else _scalars(spec, shape, path)
+    return Cost(parameters=elements, bits=bits + scalars * SCALAR_BITS, fp32_bits=elements * FLOAT_BITS)
+
+
+def _held_in(bits: int, target: Target) -> int:
+    """What a code takes: the bits themselves as published, an integer of the file where the target's kernels compute in codes."""
+    return min(held for held in INTEGER_BITS if bits <= held) if target.outputs else bits
 
 
 def _quantizers(

@@ -3,8 +3,7 @@
     sources ─ read_source ─▶ batch of pictures ─ detector.detect ─▶ draw ─▶ out/<name>
                                                                 └─▶ out/detections.json
 
-`TorchDetector` runs a PyTorch model with YOLO-World's contract. Torch is imported where it is used, so that a detector that needs none can
-go the same way without it.
+A detector is whatever has `detections.Detector`'s two members: `torch_detector` and `onnx_detector` hold one each.
 """
 
 import csv
@@ -16,30 +15,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
 
-from crqat_fx.detections import Detections, Detector, Picked, Selection, postprocess
+from crqat_fx.detections import Detections, Detector, Selection, check_size
 from crqat_fx.draw import ascii_name, draw, enlarged
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
-from crqat_fx.pictures import Picture, Source, count_pictures, letterbox, read_source
+from crqat_fx.pictures import Picture, Source, count_pictures, read_source
 from crqat_fx.progress import Progress
 from crqat_fx.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from crqat_fx.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 RESULT = "detections.json"
-STEP = 32  # of the picture size: the model's coarsest stride
-LARGEST = 8192
 MOST_AT_ONCE = 2**14
 MOST_THREADS = 2**12
 _WRITTEN_AS_THEY_ARE = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
@@ -58,7 +49,7 @@ class DetectSettings:
     size: int = 640
     batch: int = 1
     device: str = "cpu"
-    threads: int | None = None  # of the processor; None leaves PyTorch's own choice
+    threads: int | None = None  # of the processor; None leaves the runtime's own choice
 
     def __post_init__(self) -> None:
         _ = self.selection  # checks its values
@@ -89,120 +80,6 @@ class DetectReport:
     pictures: int  # frames of videos included
     counts: Mapping[str, int]  # detections of each name, most frequent first
     skipped: tuple[Skipped, ...]
-
-
-class TorchDetector:
-    """Detects with a model of YOLO-World's contract, (images, text) -> (logits, bins, regions), which it moves to `device` and sets to
-    evaluation. Pictures of any size are letterboxed to `size`; those of one call run as one batch."""
-
-    def __init__(
-        self,
-        model: "nn.Module",
-        vocabulary: Vocabulary,
-        size: int = 640,
-        conf: float = 0.001,
-        iou: float = 0.7,
-        max_detections: int = 300,
-        nms_candidates: int = 30_000,
-        device: "str | torch.device" = "cpu",
-    ) -> None:
-        import torch
-
-        check_size(size)
-        self.vocabulary = vocabulary
-        self.size = size
-        self.selection = Selection(conf, iou, max_detections, nms_candidates)
-        self.device = usable_device(device)
-        self.model = model.to(self.device).eval()
-        self._text = torch.from_numpy(vocabulary.embeddings).to(self.device)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.vocabulary.names
-
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        import torch
-
-        if not pictures:
-            return []
-        for picture in pictures:
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-                raise UserError(f"a picture is {picture.dtype} of shape {list(picture.shape)}", remedy="give uint8 RGB [height, width, 3]")
-        boxed, placements = zip(*(letterbox(picture, self.size) for picture in pictures), strict=True)
-        try:
-            with torch.inference_mode():
-                stacked = torch.from_numpy(np.stack(boxed)).to(self.device)
-                images = stacked.permute(0, 3, 1, 2).contiguous().float().div_(255)
-                logits, bins, _regions = self.model(images, self._text.expand(len(pictures), -1, -1))
-                distances = [level.float().cpu().numpy() for level in bins]
-                picked = [[pick_tensor(level[row], self.selection.floor) for level in logits] for row in range(len(pictures))]
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"does not fit the memory of {self.device} with {len(pictures)} pictures of {self.size} px",
-                where="detect",
-                remedy="take a smaller --batch or --size",
-            ) from error
-        return [
-            postprocess(picked[row], [level[row] for level in distances], placement, self.selection)
-            for row, placement in enumerate(placements)
-        ]
-
-
-def pick_tensor(logits: "Tensor", floor: float) -> Picked:
-    """`detections.pick` where the logits are: only what passes is copied, converted and moved."""
-    flat = logits.flatten()
-    places = (flat <= floor).logical_not_().nonzero().squeeze(1)
-    return Picked(flat[places].float().cpu().numpy(), places.cpu().numpy())
-
-
-def check_size(size: int) -> None:
-    if not STEP <= size <= LARGEST or size % STEP:
-        raise UserError(f"size is {size}", remedy=f"give a multiple of {STEP} up to {LARGEST}, such as 640")
-
-
-def usable_device(device: "str | torch.device") -> "torch.device":
-    """The device, once a number has been put on it and read back: `meta` keeps none."""
-    import torch
-
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch without CUDA asserts; without an accelerator's part, it imports
-        reason = str(error).strip().splitlines()[0]
-        available = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
-        raise UserError(
-            f"device {str(device)!r} is of no use ({reason})", remedy=f"choose among {', '.join(['cpu', *available])}"
-        ) from error
-    return chosen
-
-
-def carried_settings(checkpoint: "Checkpoint") -> dict[str, Any]:
-    """What the model's file says of the settings: the picture size that it was trained for."""
-    size = checkpoint.extra.get("size")
-    if size is None:
-        return {}
-    if not isinstance(size, int) or not STEP <= size <= LARGEST or size % STEP:
-        logger.warning("%s: the picture size in it, %r, is no multiple of %d up to %d: not used", checkpoint.path, size, STEP, LARGEST)
-        return {}
-    return {"size": size}
-
-
-def open_detector(model: "nn.Module", checkpoint: "Checkpoint", settings: DetectSettings) -> TorchDetector:
-    """The detector of a loaded model, with the vocabulary that the settings or its file give."""
-    import torch
-
-    vocabulary = open_vocabulary(checkpoint.vocabulary, settings, checkpoint.path)
-    if vocabulary.width != checkpoint.config.text_width:
-        raise UserError(
-            f"embeddings are {vocabulary.width} wide and the model reads {checkpoint.config.text_width}",
-            where=settings.vocabulary or checkpoint.path,
-            remedy="compute them with the text encoder that the model was trained with: `crqat-fx embed`",
-        )
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    return TorchDetector(
-        model, vocabulary, settings.size, settings.conf, settings.iou, settings.max, device=settings.device
-    )  # fmt: skip
 
 
 def open_vocabulary(carried: Vocabulary | None, settings: DetectSettings, model: Path) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""From a model's raw outputs to boxes on the original picture, in numpy alone, so that any runtime can stand before it.
+"""From a model's outputs to boxes on the original picture, in numpy alone, so that any runtime can stand before it.
 
     logits [N,h,w] a stride   pick: those above the threshold's logit, before anything is converted
     bins [64,h,w] a stride    decoded where something was picked
@@ -9,6 +9,8 @@
 As published, the letterbox is undone before NMS, and clipping comes last. Equal scores are ordered by their place in the outputs: stride by
 stride, class by class, row by row. The published NMS separates classes by shifting their boxes apart, which can let boxes that reach beyond
 the picture meet a neighbouring class; here classes never meet.
+
+An exported file may have done part of this: `postprocess_decoded` goes on from boxes and scores, `postprocess_kept` from what NMS kept.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ import numpy as np
 from crqat_fx.errors import UserError
 from crqat_fx.pictures import Placement
 
+STEP = 32  # of the picture size: the model's coarsest stride
+LARGEST = 8192  # picture size
 _FLOOR_SLACK = 1e-3  # of the logit: far more than float32 rounding; the scores themselves are compared afterwards
 
 
@@ -43,6 +47,16 @@ class Detector(Protocol):
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
         """One for each uint8 RGB picture [H, W, 3]; sizes may differ."""
+
+
+def check_size(size: int) -> None:
+    if not STEP <= size <= LARGEST or size % STEP:
+        raise UserError(f"size is {size}", remedy=f"give a multiple of {STEP} up to {LARGEST}, such as 640")
+
+
+def check_picture(picture: np.ndarray) -> None:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise UserError(f"a picture is {picture.dtype} of shape {list(picture.shape)}", remedy="give uint8 RGB [height, width, 3]")
 
 
 @dataclass(frozen=True)
@@ -88,22 +102,69 @@ def pick(logits: np.ndarray, floor: float) -> Picked:
 def postprocess(picked: Sequence[Picked], bins: Sequence[np.ndarray], placement: Placement, selection: Selection) -> Detections:
     """The detections of one picture, from each stride's picked logits and distance bins [4 * K, h, w]."""
     logits, labels, boxes = _candidates(picked, bins, placement.canvas, selection.candidates)
-    scores = sigmoid(logits)
+    return _select(boxes, sigmoid(logits), labels, placement, selection)
+
+
+def postprocess_decoded(
+    boxes: np.ndarray, scores: np.ndarray, strides: Sequence[int], placement: Placement, selection: Selection
+) -> Detections:
+    """The detections of one picture, from boxes [A, 4] xyxy in letterbox pixels and scores [A, N]: stride by stride, row by row."""
+    flat = scores.reshape(-1)
+    places = np.flatnonzero(np.logical_not(flat <= selection.conf))
+    _refuse_nan(flat[places])
+    anchors, labels = np.divmod(places, scores.shape[1])
+    height, width = placement.canvas
+    ends = np.cumsum([(height // stride) * (width // stride) for stride in strides])
+    order = np.lexsort((anchors, labels, np.searchsorted(ends, anchors, side="right")))  # equal scores: as in the raw outputs
+    best = order[_best(flat[places[order]], selection.candidates)]
+    chosen = boxes[anchors[best]].astype(np.float32)
+    _refuse_boundless(chosen)
+    return _select(chosen, flat[places[best]], labels[best], placement, selection)
+
+
+def postprocess_kept(kept: np.ndarray, placement: Placement, selection: Selection) -> Detections:
+    """The detections of one picture, from rows [k, 6] that NMS kept, best first: a box xyxy in letterbox pixels, its score, its label."""
+    _refuse_nan(kept[:, 4])
+    _refuse_boundless(kept[:, :4])
+    rows = kept[kept[:, 4] > selection.conf][: selection.max]
+    return Detections(_clipped(_unboxed(rows[:, :4], placement), placement), rows[:, 4].copy(), rows[:, 5].astype(np.int64))
+
+
+def _select(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, placement: Placement, selection: Selection) -> Detections:
+    """What of the candidates, best first and with boxes in letterbox pixels, becomes detections."""
     passed = scores > selection.conf
-    scores, labels, boxes = scores[passed], labels[passed], boxes[passed]
-    boxes -= np.array((placement.left, placement.top) * 2, dtype=np.float32)
-    boxes /= np.array((placement.scale_x, placement.scale_y) * 2, dtype=np.float32)
+    boxes, scores, labels = boxes[passed], scores[passed], labels[passed]
+    boxes = _unboxed(boxes, placement)
     kept = nms(boxes, scores, labels, selection.iou, selection.max)
-    limits = np.array((placement.width, placement.height) * 2, dtype=np.float32)
-    return Detections(np.clip(boxes[kept], 0, limits), scores[kept], labels[kept])
+    return Detections(_clipped(boxes[kept], placement), scores[kept], labels[kept])
+
+
+def _unboxed(boxes: np.ndarray, placement: Placement) -> np.ndarray:
+    """Boxes in letterbox pixels as boxes in the original picture's."""
+    moved = boxes - np.array((placement.left, placement.top) * 2, dtype=np.float32)
+    return np.asarray(moved / np.array((placement.scale_x, placement.scale_y) * 2, dtype=np.float32))
+
+
+def _clipped(boxes: np.ndarray, placement: Placement) -> np.ndarray:
+    return np.asarray(np.clip(boxes, 0, np.array((placement.width, placement.height) * 2, dtype=np.float32)))
+
+
+def _refuse_nan(scores: np.ndarray) -> None:
+    if np.isnan(scores).any():
+        raise UserError("the model's scores are not numbers (NaN)", remedy="check the checkpoint and what was done to it")
+
+
+def _refuse_boundless(boxes: np.ndarray) -> None:
+    if not np.isfinite(boxes).all():
+        raise UserError("the model's boxes are not finite numbers", remedy="check the checkpoint and what was done to it")
 
 
 def _candidates(
     picked: Sequence[Picked], bins: Sequence[np.ndarray], canvas: tuple[int, int], limit: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best `limit` of what was picked, best first: logits, labels, and boxes in letterbox pixels."""
-    if any(np.isnan(level.logits).any() for level in picked):
-        raise UserError("the model's scores are not numbers (NaN)", remedy="check the checkpoint and what was done to it")
+    for found in picked:
+        _refuse_nan(found.logits)
     best = [_best(level.logits, limit) for level in picked]
     level_of = np.repeat(np.arange(len(picked)), [len(chosen) for chosen in best])
     logits = np.concatenate([level.logits[chosen] for level, chosen in zip(picked, best, strict=True)])
@@ -117,8 +178,7 @@ def _candidates(
         labels[here], cells = np.divmod(places[here], level.shape[1] * level.shape[2])
         used, back = np.unique(cells, return_inverse=True)
         boxes[here] = decode_cells(level, used, canvas[0] / level.shape[1])[back]
-    if not np.isfinite(boxes).all():
-        raise UserError("the model's boxes are not finite numbers", remedy="check the checkpoint and what was done to it")
+    _refuse_boundless(boxes)
     return logits, labels, boxes
 
 

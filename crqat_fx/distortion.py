@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crqat_fx.assign import assign
-from crqat_fx.data.samples import Batch, EvaluationSet, Sample, collate
+from crqat_fx.data.batch import Batch, collate
+from crqat_fx.data.samples import EvaluationSet, Sample
 from crqat_fx.errors import UserError
 from crqat_fx.evaluate import EvaluateSettings, batches, category_slots, picture_name, read_picture_or_skip
 from crqat_fx.models.yolo_world import anchor_points, decode_boxes, flatten_levels

@@ -50,7 +50,7 @@ class EvaluateSettings:
     size: int = 640
     batch: int = 8
     device: str = "cpu"
-    threads: int | None = None  # of the processor; None leaves PyTorch's own choice
+    threads: int | None = None  # of the processor; None leaves the runtime's own choice
     compared: int = 512  # pictures that are compared with a teacher, as published
 
     def __post_init__(self) -> None:

@@ -1,13 +1,10 @@
-"""The partition of a graph as a picture: its blocks as boxes, data flowing down, a colour a stage. SVG, written here.
+"""The blocks of a graph as boxes, data flowing down, a colour a stage, and the bits on every line where there are quantizers. SVG.
 
-A layered layout: a box stands a layer below the lowest box it reads; a value read further down runs as one line from which its readers
-branch; boxes of a layer are ordered by the mean of their neighbours, and moved sideways to where the lines are shortest (least squares with
-the distances between boxes kept).
+Readable in light and dark, and with the keyboard: boxes take the focus in the order of the data, and say what is in them.
 """
 
-import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,16 +13,23 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from crqat_fx.files import written
-from passes.fx.graph import STAGE, blocks_of, describe, module_of, node_paths, nodes_in
+from crqat_fx.graph_layout import LINE, Layout, Line, Link, Thing, layered, source_of
+from crqat_fx.graph_view import FLOAT_BITS, GraphView, view
+from crqat_fx.noise import EXACT
+from passes.fx.graph import STAGE, describe, is_quantizer, module_of, nodes_in
 
-WIDTH, HEIGHT = 164, 42  # of a box
-LINE, GAP, LAYER_GAP, MARGIN = 12, 22, 34, 28  # width kept for a line; between things of a layer; between layers; around
-HEADER, LEGEND = 64, 180
-SWEEPS = 24
-STRAIGHT = 8  # how much more a long line weighs than a box
+WIDTH, HEIGHT, TALL = 164, 42, 57  # of a box; with a line of bits
+LAYER_GAP, MARGIN = 38, 28  # between layers; around
+HEADER, CAPTION, LEGEND = 64, 18, 180
+EXPLAINED = (
+    "On lines: bits (32: float). W, A: bits of weights, of what is read. dB: signal to quantization noise, end to end, of what leaves."
+)
+PORT = 26  # between the ends of lines at one box
 COLOURS = {"backbone": "#c9dcf5", "neck": "#cdebd3", "neck-head": "#cdebd3", "head": "#fbdcc0"}
 BORDERS = {"backbone": "#3b6ea8", "neck": "#3d8b54", "neck-head": "#3d8b54", "head": "#c06a1f"}
 UNMARKED, UNMARKED_BORDER = "#ececec", "#777777"
+DARK = {"backbone": "#20344f", "neck": "#1f3d2a", "neck-head": "#1f3d2a", "head": "#4a3018", "": "#33363b"}
+DARK_BORDERS = {"backbone": "#79a9e0", "neck": "#74c48d", "neck-head": "#74c48d", "head": "#e29a57", "": "#a0a0a0"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,15 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Line:
-    """Where the value of a box passes a layer on its way further down."""
+class Face:
+    """How a box is drawn: a label and lines below it, what it says when it is pointed at or read out, and where it leads."""
 
-    source: Box
-    layer: int
-
-
-Thing = Box | Line
+    label: str
+    lines: Sequence[str]
+    told: str
+    stage: str
+    leads_to: str | None = None
+    is_stub: bool = False  # stands for what is elsewhere
 
 
 def save_picture(graph: GraphModule, path: str | Path, title: str) -> None:
@@ -54,205 +59,53 @@ def save_picture(graph: GraphModule, path: str | Path, title: str) -> None:
 
 def draw_graph(graph: GraphModule, title: str) -> str:
     """The graph as SVG text; grey where no stage is marked."""
-    blocks = blocks_of(graph)
-    box_of = {node: Box(blocks[node], node.meta.get(STAGE, "")) for node in graph.graph.nodes}
-    members: dict[Box, list[Node]] = {}
-    for node, box in box_of.items():
-        members.setdefault(box, []).append(node)
-    reads = {
-        box: list(dict.fromkeys(box_of[s] for n in nodes for s in n.all_input_nodes if box_of[s] != box)) for box, nodes in members.items()
-    }
-    layers = _layers(reads)
-    links = _links(reads, layers)
-    rows = _ordered(layers, links)
-    return _svg(graph, title, members, rows, links, _positions(rows, links))
+    return draw_view(view(graph), title)
 
 
-# --- layout ---
-
-
-def _layers(reads: Mapping[Box, Sequence[Box]]) -> dict[Box, int]:
-    """A layer below the lowest box that is read; a box that reads none stands right above its highest reader."""
-    layers: dict[Box, int] = {}
-    waiting = list(reads)
-    while waiting:
-        # blocks that read each other have no first one: the one that starts earlier goes above, and the way back is drawn upwards
-        box = next((each for each in waiting if all(source in layers for source in reads[each])), waiting[0])
-        layers[box] = max((layers[source] + 1 for source in reads[box] if source in layers), default=0)
-        waiting.remove(box)
-    for box in reads:
-        if not reads[box]:
-            layers[box] = max(min((layers[reader] for reader in reads if box in reads[reader]), default=1) - 1, 0)
-    return layers
-
-
-def _links(reads: Mapping[Box, Sequence[Box]], layers: Mapping[Box, int]) -> list[tuple[Thing, Thing]]:
-    """Pairs of things of neighbouring layers that a value runs between."""
-    links: dict[tuple[Thing, Thing], None] = {}
-    for box, sources in reads.items():
-        for source in sources:
-            above: Thing = source
-            for number in range(layers[source] + 1, layers[box]):
-                below = Line(source, number)
-                links[above, below] = None
-                above = below
-            links[above, box] = None
-    return list(links)
-
-
-def _ordered(layers: Mapping[Box, int], links: Sequence[tuple[Thing, Thing]]) -> list[list[Thing]]:
-    """The things of each layer from left to right, so that few lines cross: the order of fewest crossings that the sweeps come by."""
-    things: list[Thing] = [*layers, *dict.fromkeys(thing for link in links for thing in link if isinstance(thing, Line))]
-    rows: list[list[Thing]] = [[] for _ in range(max(layers.values()) + 1)]
-    for thing in things:
-        rows[thing.layer if isinstance(thing, Line) else layers[thing]].append(thing)
-    best, fewest = [list(row) for row in rows], _crossings(rows, links)
-    for sweep in range(SWEEPS):
-        for number in range(len(rows)) if sweep % 2 == 0 else reversed(range(len(rows))):
-            place = {thing: position / max(len(row), 1) for row in rows for position, thing in enumerate(row)}
-            neighbours = _neighbours(rows[number], links, down=sweep % 2 == 0)
-            rows[number].sort(key=lambda thing: _mean([place[other] for other in neighbours[thing]], place[thing]))
-        crossings = _crossings(rows, links)
-        if crossings < fewest:
-            best, fewest = [list(row) for row in rows], crossings
-    return best
-
-
-def _crossings(rows: Sequence[Sequence[Thing]], links: Sequence[tuple[Thing, Thing]]) -> int:
-    total = 0
-    for upper, lower in itertools.pairwise(rows):
-        above, below = ({thing: position for position, thing in enumerate(row)} for row in (upper, lower))
-        ends = [(above[a], below[b]) for a, b in links if a in above and b in below]
-        total += sum((a - c) * (b - d) < 0 for number, (a, b) in enumerate(ends) for c, d in ends[number + 1 :])
-    return total
-
-
-def _positions(rows: Sequence[Sequence[Thing]], links: Sequence[tuple[Thing, Thing]]) -> dict[Thing, float]:
-    """The middle of every thing: near the mean of its neighbours, in the order of its row, without touching."""
-    x: dict[Thing, float] = {}
-    for row in rows:
-        x.update(zip(row, _spread(row, [0.0] * len(row)), strict=True))
-    for sweep in range(4 * SWEEPS):
-        both = sweep >= 2 * SWEEPS
-        for row in rows if sweep % 2 == 0 else reversed(rows):
-            down = _neighbours(row, links, down=sweep % 2 == 0)
-            up = _neighbours(row, links, down=sweep % 2 == 1) if both else {thing: [] for thing in row}
-            wanted = [
-                _mean([x[other] for other in (*down[thing], *up[thing]) for _ in range(_pull(thing, other))], x[thing]) for thing in row
-            ]
-            x.update(zip(row, _spread(row, wanted), strict=True))
-    left = min(position - _width(thing) / 2 for thing, position in x.items())
-    return {thing: position - left + MARGIN for thing, position in x.items()}
-
-
-def _spread(row: Sequence[Thing], wanted: Sequence[float]) -> list[float]:
-    """The positions nearest to those wanted, by least squares, that keep things of a row apart (pool adjacent violators)."""
-    offsets = [0.0]
-    for one, other in itertools.pairwise(row):
-        offsets.append(offsets[-1] + (_width(one) + _width(other)) / 2 + GAP)
-    pools: list[tuple[float, float, int]] = []  # weighted sum, weight, things
-    for thing, offset, want in zip(row, offsets, wanted, strict=True):
-        weight = float(STRAIGHT) if isinstance(thing, Line) else 1.0
-        pool = ((want - offset) * weight, weight, 1)
-        while pools and pools[-1][0] / pools[-1][1] > pool[0] / pool[1]:
-            total, heavier, count = pools.pop()
-            pool = (total + pool[0], heavier + pool[1], count + pool[2])
-        pools.append(pool)
-    means = [total / weight for total, weight, count in pools for _ in range(count)]
-    return [mean + offset for mean, offset in zip(means, offsets, strict=True)]
-
-
-def _neighbours(row: Sequence[Thing], links: Sequence[tuple[Thing, Thing]], down: bool) -> dict[Thing, list[Thing]]:
-    """What each thing of a row is linked to in the row above (while sweeping down) or below."""
-    found: dict[Thing, list[Thing]] = {thing: [] for thing in row}
-    for above, below in links:
-        inner, outer = (below, above) if down else (above, below)
-        if inner in found:
-            found[inner].append(outer)
-    return found
-
-
-def _pull(one: Thing, other: Thing) -> int:
-    """How much a link wants to be straight: a long line more than what ends in a box."""
-    return STRAIGHT if isinstance(one, Line) and isinstance(other, Line) else 1
-
-
-def _mean(values: Sequence[float], default: float) -> float:
-    return sum(values) / len(values) if values else default
-
-
-def _width(thing: Thing) -> int:
-    return WIDTH if isinstance(thing, Box) else LINE
-
-
-# --- drawing ---
-
-
-def _svg(
-    graph: GraphModule,
-    title: str,
-    members: Mapping[Box, Sequence[Node]],
-    rows: Sequence[Sequence[Thing]],
-    links: Sequence[tuple[Thing, Thing]],
-    x: Mapping[Thing, float],
-) -> str:
-    top = {thing: HEADER + MARGIN + number * (HEIGHT + LAYER_GAP) for number, row in enumerate(rows) for thing in row}
-    counts = Counter(box.stage for box, nodes in members.items() for _ in nodes)
-    legend_width = MARGIN + LEGEND * len(counts)
-    width = max(max(position + _width(thing) / 2 for thing, position in x.items()) + MARGIN, legend_width, 9 * len(title) + 2 * MARGIN)
-    height = max(top.values()) + HEIGHT + MARGIN
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-        ' font-family="Helvetica, Arial, sans-serif">',
-        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{MARGIN}" y="30" font-size="16" font-weight="bold" fill="#222">{escape(title)}</text>',
+def draw_view(seen: GraphView, title: str, decibels: Mapping[str, float] | None = None, leads_to: Mapping[Box, str] | None = None) -> str:
+    """`decibels`: of tensors by path, the SQNR that a box shows of what leaves it. `leads_to`: the address of a box."""
+    members = boxes_of(seen)
+    number = {node: place for place, nodes in enumerate(members.values()) for node in nodes}
+    reads: list[dict[int, set[int]]] = [{} for _ in members]
+    for read in seen.reads:
+        source, reader = number[read.source], number[read.reader]
+        if source != reader:
+            reads[reader].setdefault(source, set()).update(() if read.bits is None else (read.bits,))
+    faces = [
+        Face(
+            short(box.block),
+            (contents(seen.graph, nodes), *bits_and_noise(seen, nodes, decibels)),
+            "\n".join(_told(seen, nodes, decibels)),
+            box.stage,
+            (leads_to or {}).get(box),
+        )
+        for box, nodes in members.items()
     ]
-    for number, (stage, count) in enumerate(counts.items()):
-        left = MARGIN + LEGEND * number
-        lines.append(f'<rect x="{left}" y="42" width="14" height="14" rx="3" {_paint(stage)}/>')
-        lines.append(f'<text x="{left + 20}" y="53" font-size="12" fill="#222">{escape(stage or "no stage")}: {count} nodes</text>')
-    for above, below in links:
-        start = top[above] + HEIGHT
-        middle, end = (start + top[below]) / 2, top[below]
-        arrow = ' marker-end="url(#arrow)"' if isinstance(below, Box) else ""
-        passing = "" if isinstance(below, Box) else f" V{end + HEIGHT}"
-        curve = f"M{x[above]:.1f} {start} C{x[above]:.1f} {middle} {x[below]:.1f} {middle} {x[below]:.1f} {end}{passing}"
-        source = above if isinstance(above, Box) else above.source
-        colour = BORDERS.get(source.stage, UNMARKED_BORDER)
-        lines.append(f'<path d="{curve}" fill="none" stroke="{colour}" stroke-opacity=".75" stroke-width="1.3"{arrow}/>')
-    paths = node_paths(graph)
-    for box, nodes in members.items():
-        inside = "\n".join(f"{paths[node]}: {_called(graph, node)}" for node in nodes)
-        lines.append(f"<g><title>{escape(inside)}</title>")
-        lines.append(f'<rect x="{x[box] - WIDTH / 2:.1f}" y="{top[box]}" width="{WIDTH}" height="{HEIGHT}" rx="7" {_paint(box.stage)}/>')
-        for text, size, drop, colour in ((_label(box), 13, 18, "#111"), (_contents(graph, nodes), 10.5, 33, "#444")):
-            place = f'x="{x[box]:.1f}" y="{top[box] + drop}" font-size="{size}"'
-            lines.append(f'<text {place} text-anchor="middle" fill="{colour}">{escape(text)}</text>')
-        lines.append("</g>")
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    counts = Counter(box.stage for box, nodes in members.items() for _ in nodes)
+    legend = [(stage, f"{stage or 'no stage'}: {count} nodes") for stage, count in counts.items()]
+    return svg(faces, reads, quantized=bool(seen.quantizers), title=title, legend=legend)
 
 
-def _paint(stage: str) -> str:
-    return f'fill="{COLOURS.get(stage, UNMARKED)}" stroke="{BORDERS.get(stage, UNMARKED_BORDER)}" stroke-width="1.2"'
+def boxes_of(seen: GraphView) -> dict[Box, list[Node]]:
+    members: dict[Box, list[Node]] = {}
+    for node in seen.graph.graph.nodes:
+        members.setdefault(Box(seen.blocks[node], node.meta.get(STAGE, "")), []).append(node)
+    return members
 
 
-def _label(box: Box) -> str:
+# --- what a box says ---
+
+
+def short(block: str) -> str:
     """The last part of the block's path, with the name of the list that a number counts."""
-    parts = box.block.split(".")
+    parts = block.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def _called(graph: GraphModule, node: Node) -> str:
-    module = module_of(graph, node)
-    return describe(module) if module is not None else node.op
-
-
-def _contents(graph: GraphModule, nodes: Sequence[Node]) -> str:
+def contents(graph: GraphModule, nodes: Sequence[Node]) -> str:
     """What a box holds: its convolutions and parameters, or the one thing it is."""
-    modules = [module for node in nodes if (module := module_of(graph, node)) is not None]
-    parameters = sum(value.numel() for module in dict.fromkeys(modules) for value in module.parameters())
+    modules = dict.fromkeys(module for node in nodes if (module := module_of(graph, node)) is not None)
+    parameters = sum(value.numel() for module in modules for value in _own_parameters(module))
     convolutions = sum(isinstance(module, nn.Conv2d) for module in modules)
     if convolutions:
         amount = f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters / 1e3:.1f} k"
@@ -260,5 +113,180 @@ def _contents(graph: GraphModule, nodes: Sequence[Node]) -> str:
     if nodes[0].op == "output":
         return f"{len(nodes_in(nodes[0].args[0]))} tensors"
     if len(nodes) == 1:
-        return "input" if nodes[0].op == "placeholder" else _called(graph, nodes[0]).partition("[")[0]
+        return "input" if nodes[0].op == "placeholder" else called(graph, nodes[0]).partition("[")[0]
     return f"{len(nodes)} nodes"
+
+
+def _own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
+    """Without what its quantizers learn."""
+    learned = {id(value) for each in module.modules() if is_quantizer(each) for value in each.parameters()}
+    return (value for value in module.parameters() if id(value) not in learned)
+
+
+def bits_and_noise(seen: GraphView, nodes: Sequence[Node], decibels: Mapping[str, float] | None) -> list[str]:
+    """`W4 A8  23.1 dB`: the bits of weights and of what is read, and the worst of what leaves; nothing where nothing is quantized."""
+    if not seen.quantizers:
+        return []
+    found = (("W", seen.bits_of_weights(nodes)), ("A", seen.bits_read(nodes) - {FLOAT_BITS}))
+    parts = [f"{letter}{joined(bits)}" for letter, bits in found if bits]
+    measured = [decibels[path] for node in seen.leaving(nodes) if decibels is not None and (path := seen.paths[node]) in decibels]
+    return [" · ".join([*([" ".join(parts)] if parts else []), *([in_decibels(min(measured))] if measured else [])])]
+
+
+def in_decibels(value: float) -> str:
+    return "exact" if value >= EXACT else f"{value:.1f} dB"
+
+
+def joined(bits: Iterable[int]) -> str:
+    return "/".join(map(str, sorted(bits)))
+
+
+def called(graph: GraphModule, node: Node) -> str:
+    module = module_of(graph, node)
+    if module is not None:
+        return describe(module)
+    return node.op if node.op in ("placeholder", "output", "get_attr") else str(getattr(node.target, "__name__", node.target))
+
+
+def _told(seen: GraphView, nodes: Sequence[Node], decibels: Mapping[str, float] | None) -> Iterable[str]:
+    for node in nodes:
+        measured = None if decibels is None else decibels.get(seen.paths[node])
+        yield f"{seen.paths[node]}: {called(seen.graph, node)}" + ("" if measured is None else f", {in_decibels(measured)}")
+
+
+# --- drawing ---
+
+
+def svg(
+    faces: Sequence[Face],
+    reads: Sequence[Mapping[int, set[int]]],
+    *,
+    quantized: bool,
+    title: str = "",
+    legend: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Boxes and who reads whom, with the bits that are read. Without a title it is a part of a page, which has the styles."""
+    height = max((HEIGHT + (TALL - HEIGHT) * (len(face.lines) - 1) for face in faces), default=HEIGHT)
+    layout = layered([list(sources) for sources in reads], WIDTH)
+    head = HEADER + (CAPTION if quantized else 0) if title else 0
+    top = {thing: head + MARGIN + number * (height + LAYER_GAP) for number, row in enumerate(layout.rows) for thing in row}
+    x = {thing: place + MARGIN for thing, place in layout.x.items()}
+    wide = max(layout.width + 2 * MARGIN, MARGIN + LEGEND * (len(legend) + quantized) if title else 0, 9 * len(title) + 2 * MARGIN)
+    tall = max(top.values(), default=0) + height + MARGIN
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {tall:.0f}" width="{wide:.0f}" height="{tall:.0f}"'
+        ' font-family="Helvetica, Arial, sans-serif" role="group">'
+    ]
+    if title:
+        lines += [f"<style>{styles()}</style>", *_heading(title, legend, quantized)]
+    lines += _drawn_links(layout, x, top, height, faces, reads, quantized)
+    for box, face in enumerate(faces):
+        lines += _drawn_box(face, x[box], top[box], height)
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def styles() -> str:
+    """What attributes cannot say: the colours where dark ones are asked for, and the ring around what has the focus."""
+    dark = [
+        ".paper{fill:#16181c}",
+        ".ink{fill:#eceef1}",
+        ".faint{fill:#b4bac3}",
+        ".arrow{fill:#b4bac3}",
+        *(f".s-{stage or 'none'}{{fill:{colour};stroke:{DARK_BORDERS[stage]}}}" for stage, colour in DARK.items()),
+        *(f".l-{stage or 'none'}{{stroke:{colour}}}" for stage, colour in DARK_BORDERS.items()),
+    ]
+    focus = ".box:focus{outline:none}.box:focus rect,a:focus .box rect{stroke-width:3.5}a{text-decoration:none}"
+    return f"{focus}@media (prefers-color-scheme: dark){{{''.join(dark)}}}"
+
+
+def _heading(title: str, legend: Sequence[tuple[str, str]], quantized: bool) -> list[str]:
+    lines = [
+        '<rect class="paper" width="100%" height="100%" fill="white"/>',
+        f'<text class="ink" x="{MARGIN}" y="30" font-size="16" font-weight="bold" fill="#222">{escape(title)}</text>',
+    ]
+    for number, (stage, text) in enumerate(legend):
+        left = MARGIN + LEGEND * number
+        lines.append(f'<rect x="{left}" y="42" width="14" height="14" rx="3" {_paint(stage)}/>')
+        lines.append(f'<text class="ink" x="{left + 20}" y="53" font-size="12" fill="#222">{escape(text)}</text>')
+    if quantized:
+        left = MARGIN + LEGEND * len(legend)
+        line = f'x1="{left}" y1="49" x2="{left + 34}" y2="49" stroke="{UNMARKED_BORDER}" stroke-width="1.3" stroke-dasharray="5 4"'
+        lines.append(f'<line class="l-none" {line}/>')
+        lines.append(f'<text class="ink" x="{left + 42}" y="53" font-size="12" fill="#222">float</text>')
+        lines.append(f'<text class="faint" x="{MARGIN}" y="{HEADER + CAPTION / 2:.0f}" font-size="11" fill="#444">{EXPLAINED}</text>')
+    return lines
+
+
+def _drawn_links(
+    layout: Layout,
+    x: Mapping[Thing, float],
+    top: Mapping[Thing, float],
+    height: float,
+    faces: Sequence[Face],
+    reads: Sequence[Mapping[int, set[int]]],
+    quantized: bool,
+) -> list[str]:
+    ports = _ports(layout, x, quantized)
+    lines, labels = [], []
+    for above, below in layout.links:
+        start, end = top[above] + height, top[below]
+        middle = (start + end) / 2
+        source, face = source_of(above), faces[source_of(above)]
+        arrives = ports.get((above, below), x[below])
+        curve = f"M{x[above]:.1f} {start:.0f} C{x[above]:.1f} {middle:.0f} {arrives:.1f} {middle:.0f} {arrives:.1f} {end:.0f}"
+        carried = set().union(*(bits.get(source, set()) for bits in reads)) if isinstance(below, Line) else reads[below][source]
+        look = f'stroke="{BORDERS.get(face.stage, UNMARKED_BORDER)}" stroke-opacity=".75" stroke-width="1.3"'
+        if quantized and carried <= {FLOAT_BITS}:
+            look += ' stroke-dasharray="5 4"'
+        passing = f" V{end + height:.0f}" if isinstance(below, Line) else ""
+        lines.append(f'<path class="{_name("l", face.stage)}" d="{curve}{passing}" fill="none" {look}/>')
+        if isinstance(below, Line):
+            continue
+        lines.append(f'<path class="arrow" d="M{arrives - 3.5:.1f} {end - 7:.0f}h7L{arrives:.1f} {end:.0f}z" fill="#555"/>')
+        if quantized and (told := joined(carried)):
+            wide = 6 * len(told) + 4
+            under = f'x="{arrives - wide / 2:.1f}" y="{end - 20:.0f}" width="{wide}" height="12" rx="3"'
+            place = f'x="{arrives:.1f}" y="{end - 10:.0f}" font-size="10" text-anchor="middle"'
+            labels.append(f'<rect class="paper" {under} fill="white"/><text class="ink bits" {place} fill="#222">{told}</text>')
+    return [*lines, *labels]
+
+
+def _ports(layout: Layout, x: Mapping[Thing, float], quantized: bool) -> dict[Link, float]:
+    """Where the lines that end in a box do so: side by side where each is to bear its bits."""
+    arriving: dict[int, list[Thing]] = {}
+    for above, below in layout.links:
+        if not isinstance(below, Line):
+            arriving.setdefault(below, []).append(above)
+    ports: dict[Link, float] = {}
+    for below, sources in arriving.items():
+        apart = min(PORT, (WIDTH - LINE) / max(len(sources), 1)) if quantized else 0
+        for number, above in enumerate(sorted(sources, key=lambda thing: x[thing])):
+            ports[above, below] = x[below] + (number - (len(sources) - 1) / 2) * apart
+    return ports
+
+
+def _drawn_box(face: Face, middle: float, top: float, height: float) -> list[str]:
+    dashes = ' stroke-dasharray="4 3"' if face.is_stub else ""
+    focus = "" if face.leads_to is not None else ' tabindex="0"'
+    lines = [f'<g class="box" role="img"{focus}><title>{escape(face.told)}</title>']
+    if face.leads_to is not None:
+        lines.insert(0, f'<a href="{escape(face.leads_to)}">')
+    lines.append(
+        f'<rect x="{middle - WIDTH / 2:.1f}" y="{top:.0f}" width="{WIDTH}" height="{height}" rx="7" {_paint(face.stage)}{dashes}/>'
+    )
+    written_lines = [face.label, *(line for line in face.lines if line)]
+    first = top + (height - 15 * len(written_lines)) / 2 + 12
+    for number, text in enumerate(written_lines):
+        size, colour, shade = (13, "#111", "ink") if number == 0 else (10.5, "#444", "faint")
+        place = f'class="{shade}" x="{middle:.1f}" y="{first + 15 * number:.1f}" font-size="{size}"'
+        lines.append(f'<text {place} text-anchor="middle" fill="{colour}">{escape(text)}</text>')
+    return [*lines, "</g></a>" if face.leads_to is not None else "</g>"]
+
+
+def _paint(stage: str) -> str:
+    fill, border = COLOURS.get(stage, UNMARKED), BORDERS.get(stage, UNMARKED_BORDER)
+    return f'class="{_name("s", stage)}" fill="{fill}" stroke="{border}" stroke-width="1.2"'
+
+
+def _name(kind: str, stage: str) -> str:
+    return f"{kind}-{stage if stage in COLOURS else 'none'}"

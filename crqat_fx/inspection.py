@@ -56,6 +56,10 @@ def inspect_model(model: YoloWorld, checkpoint: Checkpoint, *, depth: int | None
     }
 
 
+def title_of(report: Mapping[str, Any]) -> str:
+    return f"YOLO-World v{report['version']}, {report['size'] or 'a size of its own'}"
+
+
 def tree(report: Mapping[str, Any]) -> Tree:
     """The report as rich draws it: the facts, and below them the blocks in the order in which they run."""
     vocabulary = report["vocabulary"]
@@ -70,7 +74,7 @@ def tree(report: Mapping[str, Any]) -> Tree:
     }
     if vocabulary is not None and vocabulary["count"] > len(vocabulary["first"]):
         facts["vocabulary"] += ", ..."
-    title = Text(f"YOLO-World v{report['version']}, {report['size'] or 'a size of its own'}", style="bold")
+    title = Text(title_of(report), style="bold")
     root = Tree(Text("\n").join([title, *(Text.assemble((f"{name:<14}", "dim"), value) for name, value in facts.items())]))
     rows = [HEADER, *_rows(report["blocks"], 1)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]

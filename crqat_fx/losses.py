@@ -6,17 +6,21 @@
 
 each divided by the batch's sum of assigned scores (at least 1) and multiplied by the number of pictures. Boxes are measured in cells, so
 that strides weigh alike. Everything is computed in float32, whatever precision the model ran in.
+
+With several processes the score sum and the pictures are those of all, and what each returns is multiplied by their number: the mean over
+the processes is the loss of the whole batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crqat_fx.assign import Assignment, assign, ciou
-from crqat_fx.data.samples import Truth
+from crqat_fx.data.batch import Truth
+from crqat_fx.distributed import ALONE, Processes
 from crqat_fx.models.yolo_world import BINS, anchor_points, decode_boxes, flatten_levels
 
 CLS_WEIGHT, BOX_WEIGHT, DFL_WEIGHT = 0.5, 7.5, 0.375
@@ -25,31 +29,34 @@ MARGIN = 0.01  # by which a true distance stays under the last bin
 
 @dataclass(frozen=True)
 class Losses:
-    """The weighted terms of one batch, and the sum of assigned scores (not clamped) they were divided by."""
+    """The weighted terms of one batch, and the sum of assigned scores (not clamped) the detection's were divided by."""
 
     cls: Tensor
     box: Tensor
     dfl: Tensor
     score_sum: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)  # what a course adds to them
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        return {"cls": self.cls, "box": self.box, "dfl": self.dfl}
+        return {"cls": self.cls, "box": self.box, "dfl": self.dfl, **self.others}
 
     @property
     def total(self) -> Tensor:
-        return self.cls + self.box + self.dfl
+        return sum(self.others.values(), self.cls + self.box + self.dfl)
 
 
-def detection_loss(logits: Sequence[Tensor], bins: Sequence[Tensor], truth: Truth) -> tuple[Losses, Assignment]:
+def detection_loss(
+    logits: Sequence[Tensor], bins: Sequence[Tensor], truth: Truth, processes: Processes = ALONE
+) -> tuple[Losses, Assignment]:
     """The model's logits and bins, level by level, against the truth. A text that only pads counts as one more negative, as published."""
     with torch.autocast(logits[0].device.type, enabled=False):
         points, strides = anchor_points(logits)
         scores = flatten_levels(logits).float()
         with torch.no_grad():
             assignment = assign(scores.sigmoid(), decode_boxes(bins), points, truth)
-        score_sum = assignment.scores.sum()
-        share = scores.shape[0] / score_sum.clamp(min=1)
+        score_sum = processes.total(assignment.scores.sum())
+        share = processes.count**2 * scores.shape[0] / score_sum.clamp(min=1)
 
         image, position = assignment.positive.nonzero(as_tuple=True)
         target = assignment.scores[image, position]

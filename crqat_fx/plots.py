@@ -1,8 +1,11 @@
-"""What a comparison with a teacher found, as pictures: heat maps, distributions and the scatter of both spaces' distortions.
+"""What was measured, as pictures.
 
+Of a comparison with a teacher:
 heatmaps.png        each anchor's mean cosine similarity to the others of its class, teacher beside student
 distributions.png   all similarities and confidences, teacher against student
 scatter.png         distortion in confidence space against distortion in embedding space, a dot a picture, with Pearson's r
+
+Of a sensitivity:    every block's SQNR at each width that was tried, what a proposal chose, and the AP that a block costs alone
 """
 
 import math
@@ -18,6 +21,10 @@ from matplotlib.patches import Rectangle
 from crqat_fx.distortion import SPACES, DistortionResult, Example, Histogram
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
+from crqat_fx.graph_picture import BORDERS, UNMARKED_BORDER, short
+from crqat_fx.mixed_recipe import Proposal
+from crqat_fx.noise import decibels
+from crqat_fx.sensitivity import Sensitivity
 
 DPI = 150
 TEACHER, STUDENT = "#3b6fb6", "#d1603d"
@@ -134,3 +141,79 @@ def scatter_figure(result: DistortionResult) -> Figure:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+# --- sensitivity ---
+
+MARKERS = "osD^vP*X"
+LOUDEST = 80.0  # decibels: what lies beyond is drawn at the edge
+
+
+def write_sensitivity(found: Sensitivity, path: Path, proposal: Proposal | None = None) -> None:
+    with written(path) as temporary:
+        sensitivity_figure(found, proposal).savefig(temporary, format=path.suffix.removeprefix("."), dpi=DPI)
+
+
+def sensitivity_figure(found: Sensitivity, proposal: Proposal | None = None) -> Figure:
+    """A row a block, in the order of the data. Left is what suffers most."""
+    scored = found.float_ap is not None
+    figure = Figure(figsize=(11 if scored else 8, 1.9 + 0.26 * len(found.blocks)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2)) if scored else [figure.subplots()]
+    _show_noise(axes[0], found, proposal)
+    if scored:
+        _show_cost_in_ap(axes[1], found)
+    axes[0].set_yticks(range(len(found.blocks)), [short(each.block) for each in found.blocks], fontsize=8)
+    axes[0].set_ylim(len(found.blocks) - 0.5, -0.5)
+    return figure
+
+
+def _show_noise(axis: Axes, found: Sensitivity, proposal: Proposal | None) -> None:
+    tried = list(dict.fromkeys(str(each.widths) for options in proposal.options.values() for each in options)) if proposal else []
+    for row, each in enumerate(found.blocks):
+        colour = BORDERS.get(each.stage, UNMARKED_BORDER)
+        axis.axhline(row, color="#dddddd", linewidth=0.6, zorder=0)
+        options = proposal.options.get(each.block, ()) if proposal is not None else ()
+        for option in options:
+            chosen = proposal is not None and proposal.chosen[each.block] == option.widths
+            face = colour if chosen else "white"
+            marker = MARKERS[tried.index(str(option.widths)) % len(MARKERS)]
+            axis.scatter(
+                min(decibels(option.share), LOUDEST),
+                row,
+                marker=marker,
+                s=34,
+                edgecolors=colour,
+                facecolors=face,
+                zorder=3 if chosen else 2,
+            )
+        if not options:
+            axis.scatter(min(each.db, LOUDEST), row, marker="o", s=34, color=colour, zorder=2)
+    for number, widths in enumerate(tried):
+        axis.scatter([], [], marker=MARKERS[number % len(MARKERS)], s=34, edgecolors="#444444", facecolors="white", label=widths)
+    if proposal is not None:
+        axis.scatter([], [], marker="s", s=34, color="#444444", label="chosen")
+        axis.legend(
+            title="weight-activation bits",
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+            ncols=4,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
+        )
+    told = f"all quantized: {decibels(found.share):.1f} dB"
+    if proposal is not None:
+        told += f"; the proposal: {proposal.measured:.1f} dB"
+    axis.set_xlabel(f"SQNR of detections with this block alone quantized, dB (over {LOUDEST:.0f} at the edge)\n{told}", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _show_cost_in_ap(axis: Axes, found: Sensitivity) -> None:
+    whole = found.float_ap or 0.0
+    for row, each in enumerate(found.blocks):
+        axis.axhline(row, color="#dddddd", linewidth=0.6, zorder=0)
+        axis.barh(row, whole - (each.ap or 0.0), height=0.6, color=BORDERS.get(each.stage, UNMARKED_BORDER), zorder=2)
+    axis.axvline(0, color="#444444", linewidth=0.8)
+    lost = "" if found.ap is None else f"; all quantized: {whole - found.ap:.1f}"
+    axis.set_xlabel(f"AP lost by this block alone, of {whole:.1f} on {found.ap_pictures} pictures{lost}", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -74,11 +74,12 @@ def trace_unproved(model: nn.Module, leaves: tuple[type[nn.Module], ...] = LEAVE
 
 
 def yolo_world_examples(model: YoloWorld) -> list[Example]:
-    """Two sizes and two vocabularies, small enough to cost little for the largest model, of the type and in the place of its parameters."""
+    """Two sizes and two vocabularies, of the type and in the place of the model's parameters. One side of each is the smallest there is,
+    32 px, so that the largest model costs little; no axis is 1 in both."""
     generator = torch.Generator().manual_seed(0)
     parameter = next(model.parameters())
     examples: list[Example] = []
-    for batch, height, width, texts in ((1, 64, 96, 3), (2, 96, 64, 5)):
+    for batch, height, width, texts in ((1, 32, 64, 3), (2, 64, 32, 5)):
         images = torch.rand(batch, 3, height, width, generator=generator)
         text = nn.functional.normalize(torch.randn(batch, texts, model.config.text_width, generator=generator), dim=2)
         examples.append((images.to(parameter), text.to(parameter)))

@@ -1,12 +1,13 @@
-"""The training loop: a model, a source of batches and settings in; a run folder out, from which a stopped run goes on bit for bit.
+"""The training loop: a course, a source of batches and settings in; a run folder out, from which a stopped run goes on bit for bit.
 
     run/settings.yaml   what the run was started with
     run/log.jsonl       losses, rate, gradient norm and speed, every `log_every` steps; the same under run/tensorboard/
     run/last.pt         everything needed to go on: model, average, optimizer, gradient scale, random state, step
-    run/model.pt        the averaged weights as a checkpoint of this project
+    run/model.pt        of float training: the averaged weights as a checkpoint of this project
 
 A step is: the losses of one batch (or of `accumulate` of them), backward, clip, AdamW, moving average. Batches are a function of the step
-alone, so that the step's number is the position in the data.
+alone, so that the step's number is the position in the data. What is particular to a kind of training is its course; full-precision
+training's is here. Processes that torchrun starts share each batch, and end in the weights that one alone would have come to.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ import pickle
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,15 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from crqat_fx.checkpoint import write_checkpoint
-from crqat_fx.data.samples import Batch
-from crqat_fx.detect import usable_device
+from crqat_fx.data.batch import Batch
+from crqat_fx.device import usable_device
+from crqat_fx.distributed import ALONE, Processes, joined, own_device, synchronise_norms, without_exchange
 from crqat_fx.ema import MovingAverage
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
 from crqat_fx.losses import Losses, detection_loss
 from crqat_fx.models.yolo_world import YoloWorld
 from crqat_fx.progress import Progress
-from crqat_fx.runlog import LOG, RunLog
+from crqat_fx.runlog import DETAILS, LOG, RunLog
 from crqat_fx.settings import Resolved
 from crqat_fx.vocabulary import Vocabulary
 
@@ -44,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS, LAST, MODEL = "settings.yaml", "last.pt", "model.pt"
 REMEDY = f"start again with a lower rate or in fp32; {LAST} holds the last good state"  # where numbers are not finite
-STATE_FORMAT = "crqat-fx training state 2"
+STATE_FORMAT = "crqat-fx training state 3"
 NOMINAL_BATCH = 64  # of which the published weight decay is meant
 WARMUP_SHARE = 0.03  # of the steps: the published 3 of 100 epochs
 UNDECAYED = ("bias", "logit_scale")
@@ -64,19 +67,19 @@ class BatchSource(Protocol):
     def repaired(self) -> Mapping[str, int]:
         """What had to be mended, counted by kind."""
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Endless; the batch of a step is a function of the source's seed and the step alone."""
+    def batches(self, start_step: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Endless; the batch of a step is a function of the source's seed and the step alone. `part`: which of how many equal parts of
+        each batch, in order."""
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """The defaults are the published recipe but for its length: that is 100 epochs, `100 * pictures / (batch * accumulate)` steps. Of
-    those its 3 epochs of warm-up are a share."""
+class LoopSettings:
+    """What every course is set by."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("device", "threads", "log_every", "save_every")  # on resuming
 
     steps: int = 100_000
-    batch: int = 16  # pictures a batch
+    batch: int = 16  # pictures a batch, over all processes
     accumulate: int = 1  # batches a step
     rate: float = 2e-3
     weight_decay: float = 0.025  # for 64 pictures a step; scaled to this run's
@@ -84,14 +87,11 @@ class TrainSettings:
     warmup: int | None = None  # steps until the full rate; None takes `WARMUP_SHARE` of all
     final_rate: float = 0.01  # share of the rate at the last step of the linear schedule
     clip: float = 10.0  # largest norm of all gradients together
-    ema_momentum: float = 1e-4
-    ema_horizon: float = 2_000.0  # updates in which the average's ramp falls by e
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
     threads: int | None = None  # of the processor; None leaves PyTorch's own choice
     log_every: int = 20
     save_every: int = 500
-    half: bool = False  # model.pt in 16 bits
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -101,7 +101,7 @@ class TrainSettings:
         for name in ("batch", "accumulate", "log_every", "save_every", "clip", "rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number above 0")
-        for name in ("steps", "weight_decay", "final_rate", "ema_horizon"):
+        for name in ("steps", "weight_decay", "final_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
         if not 0 <= self.warmup_steps <= self.steps:
@@ -109,8 +109,6 @@ class TrainSettings:
             raise UserError(f"warmup is {self.warmup}, of {self.steps} steps in all", remedy=remedy)
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads is {self.threads}", remedy="give a number above 0")
-        if not 0 < self.ema_momentum <= 1:
-            raise UserError(f"ema_momentum is {self.ema_momentum}", remedy="give a number above 0, at most 1")
 
     @property
     def warmup_steps(self) -> int:
@@ -118,32 +116,150 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class TrainSettings(LoopSettings):
+    """Of full-precision training. The defaults are the published recipe but for its length: that is 100 epochs,
+    `100 * pictures / (batch * accumulate)` steps. Of those its 3 epochs of warm-up are a share."""
+
+    ema_momentum: float = 1e-4
+    ema_horizon: float = 2_000.0  # updates in which the average's ramp falls by e
+    half: bool = False  # model.pt in 16 bits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ema_momentum <= 1:
+            raise UserError(f"ema_momentum is {self.ema_momentum}", remedy="give a number above 0, at most 1")
+        if self.ema_horizon < 0:
+            raise UserError(f"ema_horizon is {self.ema_horizon}", remedy="give 0 or more")
+
+
+@dataclass(frozen=True)
 class TrainResult:
     folder: Path
-    model: Path  # the averaged weights, as a checkpoint
+    model: Path  # what the run is for
     steps: int  # done in all
     interrupted: bool
     seconds: float  # of this call
     losses: Mapping[str, float]  # as last logged; empty where nothing was
     skipped: Mapping[str, int]  # of the data: what could not be used
     repaired: Mapping[str, int]  # of the data: what had to be mended
+    first: bool = True  # of several processes, the one that tells
 
 
 class NonFiniteError(UserError):
     """Training met a number that is infinite or no number."""
 
 
+# --- what is trained ---
+
+
+class Course(ABC):
+    """What is trained, and all that is particular to it: the loop asks for nothing else."""
+
+    settings: LoopSettings
+    model: nn.Module  # whose state a run saves and averages, on its device
+    forward: nn.Module  # what `losses` calls: the model, alone or with other processes
+    borders: tuple[int, ...] = ()  # steps at which something changes: the log ends a line there
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What else a run is resumed with alone, by what it is called."""
+        return {}
+
+    @abstractmethod
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's; `scale` is what a group multiplies the rate with."""
+
+    @abstractmethod
+    def average(self, step: int) -> MovingAverage:
+        """A new average, as it is to follow the model when `step` steps are done."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, parts: int) -> Losses:
+        """What a batch costs, which is one of `parts` that a step adds up: a term that is no sum over its pictures counts for a part."""
+
+    def carried(self) -> dict[str, Any]:
+        """What else a state holds."""
+        return {}
+
+    def enter(self, step: int, carried: Mapping[str, Any]) -> None:
+        """Takes up what stands after `step` steps, at least 1, when a run goes on."""
+        return
+
+    def open(self, state: "TrainingState") -> None:
+        """Before every step: what its number changes."""
+        return
+
+    def watched(self, step: int) -> AbstractContextManager[dict[str, float]]:
+        """Around the step that ends as number `step`: what it fills is written to `DETAILS`."""
+        return nullcontext({})
+
+    @abstractmethod
+    def write(self, out: Path, state: "TrainingState") -> None:
+        """Writes what the run is for, as it stands."""
+
+    @abstractmethod
+    def result(self, out: Path) -> Path:
+        """Where `write` puts it."""
+
+
+class FloatCourse(Course):
+    """A full-precision model on the detection losses."""
+
+    settings: TrainSettings
+    model: YoloWorld
+
+    def __init__(
+        self,
+        model: YoloWorld,
+        settings: TrainSettings,
+        device: torch.device,
+        processes: Processes = ALONE,
+        vocabulary: Vocabulary | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.settings = settings
+        self.processes = processes
+        self.vocabulary = vocabulary
+        self.metadata = dict(metadata or {})
+        self.model.train()
+        synchronise_norms(self.model, processes)
+        self.forward = processes.parallel(self.model, device)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.model, self.settings)
+
+    def average(self, step: int) -> MovingAverage:
+        return MovingAverage(self.model, self.settings.ema_momentum, self.settings.ema_horizon)
+
+    def losses(self, batch: Batch, parts: int) -> Losses:
+        return losses_of(self.forward, batch, self.processes)
+
+    def write(self, out: Path, state: "TrainingState") -> None:
+        carried = {**self.metadata, "steps": state.step}
+        average = state.average.state()
+        half = self.settings.half
+        write_checkpoint(self.result(out), average, self.model.config, vocabulary=self.vocabulary, half=half, metadata=carried)
+
+    def result(self, out: Path) -> Path:
+        return out / MODEL
+
+
 # --- the parts of a step ---
 
 
-def losses_of(model: nn.Module, batch: Batch) -> Losses:
+def pictures_of(batch: Batch) -> Tensor:
+    """The pictures as a model reads them."""
+    return batch.images.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def losses_of(model: nn.Module, batch: Batch, processes: Processes = ALONE) -> Losses:
     """What one batch, on the model's device, costs."""
-    images = batch.images.to(torch.float32, memory_format=torch.channels_last) / 255
-    logits, bins, _ = model(images, batch.text)
-    return detection_loss(logits, bins, batch.truth)[0]
+    logits, bins, _ = model(pictures_of(batch), batch.text)
+    return detection_loss(logits, bins, batch.truth, processes)[0]
 
 
-def rate_at(settings: TrainSettings, step: int) -> float:
+def rate_at(settings: LoopSettings, step: int) -> float:
     """The learning rate of step `step`, counted from 0."""
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     if settings.schedule == "constant":
@@ -152,7 +268,7 @@ def rate_at(settings: TrainSettings, step: int) -> float:
     return settings.rate * warm * (1 - (1 - settings.final_rate) * done)
 
 
-def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: LoopSettings) -> list[dict[str, Any]]:
     """The published groups: weights decay; biases, norms and the logit scale do not."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -162,7 +278,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
                 continue
             (free if isinstance(module, NORMS) or name in UNDECAYED else decayed).append(parameter)
     decay = settings.weight_decay * settings.batch * settings.accumulate / NOMINAL_BATCH
-    return [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": decay, "scale": 1.0}, {"params": free, "weight_decay": 0.0, "scale": 1.0}]
 
 
 class TrainingState:
@@ -171,15 +287,17 @@ class TrainingState:
     Of the random generators torch's are kept: the package draws from no other that is global. `data` is the batches' fingerprint.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, device: torch.device, data: str) -> None:
-        self.model = model
-        self.settings = settings
+    def __init__(self, course: Course, device: torch.device, data: str, processes: Processes = ALONE) -> None:
+        self.course = course
+        self.model = course.model
+        self.settings = course.settings
         self.device = device
         self.data = data
+        self.processes = processes
         self.step = 0  # done
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.rate, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.average = MovingAverage(model, settings.ema_momentum, settings.ema_horizon)
+        self.optimizer = torch.optim.AdamW(course.groups(), lr=self.settings.rate, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.precision == "fp16")
+        self.average = course.average(0)
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -195,6 +313,8 @@ class TrainingState:
             "format": STATE_FORMAT,
             "settings": dataclasses.asdict(self.settings),
             "data": self.data,
+            "identity": dict(self.course.identity),
+            "course": self.course.carried(),
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average.state(),
@@ -219,7 +339,11 @@ class TrainingState:
                 remedy="resume with the run's own data, as it was",
             )
         _refuse_other_model(saved, self.model.state_dict(), path)
+        for name, value in self.course.identity.items():
+            if saved["identity"].get(name) != value:
+                raise UserError(f"was trained with another {name}", where=path, remedy=f"resume with the run's own {name}, as it was")
         self.model.load_state_dict(saved["model"])
+        self.average = self.course.average(saved["step"])
         self.average.load(saved["average"], saved["average_updates"])
         self._load_optimizer(saved["optimizer"], path)
         try:
@@ -230,6 +354,11 @@ class TrainingState:
         except (RuntimeError, TypeError, KeyError) as error:
             raise _damaged(path, "its gradient scale or random state is not what training writes") from error
         self.step = saved["step"]
+        if self.step:
+            try:
+                self.course.enter(self.step, saved["course"])
+            except (KeyError, TypeError) as error:
+                raise _damaged(path, "its course is not what training writes") from error
 
     def _load_optimizer(self, saved: dict[str, Any], path: Path) -> None:
         try:
@@ -247,7 +376,7 @@ def take_step(state: TrainingState, batches: Sequence[Batch]) -> dict[str, Tenso
     settings = state.settings
     rate = rate_at(settings, state.step)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     state.optimizer.zero_grad()
     terms = accumulate_gradients(state, batches)
     state.scaler.unscale_(state.optimizer)
@@ -262,39 +391,38 @@ def take_step(state: TrainingState, batches: Sequence[Batch]) -> dict[str, Tenso
 
 
 def accumulate_gradients(state: TrainingState, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """The gradients and loss terms of all batches together, as if they were one.
+    """The gradients and loss terms of all batches together, as if they were one; over several processes, of all their parts.
 
     Each batch's losses are over its own score sum. Weighted by it, added up, and divided by the sum of the score sums at the end, they are
-    what the batches in one piece would have given (but for live batch statistics).
+    what the batches in one piece would have given (but for live batch statistics). Terms that are no such sum are averaged by it.
     """
-    if len(batches) == 1:
-        losses = _forward(state, batches[0])
-        state.scaler.scale(losses.total).backward()
-        return {name: term.detach() for name, term in losses.terms.items()}
     terms: dict[str, Tensor] = {}
     score_sum = torch.zeros((), device=state.device)
-    for batch in batches:
-        losses = _forward(state, batch)
-        weight = losses.score_sum.clamp(min=1) / len(batch.images)
-        state.scaler.scale(losses.total * weight).backward()
+    share: Tensor | float = 1.0
+    for number, batch in enumerate(batches, 1):
+        with nullcontext() if number == len(batches) else without_exchange(state.course.forward):
+            losses = _forward(state, batch, len(batches))
+            weight = losses.score_sum.clamp(min=1) / len(batch.images) if len(batches) > 1 else 1.0
+            state.scaler.scale(losses.total * weight).backward()
         for name, term in losses.terms.items():
             terms[name] = terms.get(name, 0) + term.detach() * weight
         score_sum += losses.score_sum
-    share = sum(len(batch.images) for batch in batches) / score_sum.clamp(min=1)
-    for parameter in state.parameters():
-        if parameter.grad is not None:
-            parameter.grad *= share
-    return {name: term * share for name, term in terms.items()}
+    if len(batches) > 1:
+        share = sum(len(batch.images) for batch in batches) / score_sum.clamp(min=1)
+        for parameter in state.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= share
+    return {name: state.processes.mean(term * share) for name, term in terms.items()}
 
 
-def _forward(state: TrainingState, batch: Batch) -> Losses:
-    with _autocast(state):
-        return losses_of(state.model, batch)
+def _forward(state: TrainingState, batch: Batch, parts: int = 1) -> Losses:
+    with autocast(state.settings, state.device):
+        return state.course.losses(batch, parts)
 
 
-def _autocast(state: TrainingState) -> AbstractContextManager[None]:
-    dtype = torch.float16 if state.settings.precision == "fp16" else torch.bfloat16
-    return torch.autocast(state.device.type, dtype, enabled=state.settings.precision != "fp32")
+def autocast(settings: LoopSettings, device: torch.device) -> AbstractContextManager[None]:
+    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=settings.precision != "fp32")
 
 
 # --- the loop ---
@@ -312,51 +440,85 @@ def train(
     progress: Progress | None = None,
     resume: bool = False,
 ) -> TrainResult:
-    """Trains `model` in place from wherever `out` stands to `settings.steps`.
+    """Trains a full-precision model in place from wherever `out` stands to `settings.steps`.
 
     `vocabulary` and `metadata` travel into `model.pt`; `origins` are where the settings came from, for `settings.yaml`. An interrupt
     (Ctrl-C) ends the step under way, saves and returns; a second one stops at once.
     """
-    _refuse_wrong_folder(out, resume)
-    device = usable_device(settings.device)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    state = TrainingState(model.to(device=device, memory_format=torch.channels_last), settings, device, source.fingerprint)  # type: ignore[call-overload]
-    state.model.train()
+    with workplace(settings, out, resume) as (device, processes):
+        course = FloatCourse(model, settings, device, processes, vocabulary, metadata)
+        return run(course, source, out, device, processes, origins=origins, progress=progress, resume=resume)
+
+
+@contextmanager
+def workplace(settings: LoopSettings, out: Path, resume: bool) -> Iterator[tuple[torch.device, Processes]]:
+    """Where a run is to happen, checked before anything is built: its folder, this process' device, and the processes beside it."""
+    with joined(settings.device) as processes:
+        _refuse_wrong_folder(out, resume)
+        if settings.batch % processes.count:
+            what = f"batch is {settings.batch}, for {processes.count} processes"
+            raise UserError(what, remedy="give a multiple of their number: each takes an equal part of every batch")
+        device = usable_device(own_device(settings.device, processes))
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        processes.wait()  # until all have seen the folder as it was
+        yield device, processes
+
+
+def run(
+    course: Course,
+    source: BatchSource,
+    out: Path,
+    device: torch.device,
+    processes: Processes = ALONE,
+    *,
+    origins: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """The loop: from wherever `out` stands to the last step of the course. One process writes."""
+    settings = course.settings
+    state = TrainingState(course, device, source.fingerprint, processes)
     if resume:
         state.load(out / LAST)
-    else:
+    elif processes.first:
         state.save(out / LAST)  # first of all: from it alone a run can go on
-    if not (out / SETTINGS).exists():
+    if processes.first and not (out / SETTINGS).exists():
         given = {field.name: "given" for field in dataclasses.fields(settings)}
         Resolved(settings, origins or given).write(out / SETTINGS)
 
     def save() -> None:
-        state.save(out / LAST)
-        carried = {**(metadata or {}), "steps": state.step}
-        write_checkpoint(out / MODEL, state.average.state(), model.config, vocabulary=vocabulary, half=settings.half, metadata=carried)
+        if processes.first:
+            state.save(out / LAST)
+        course.write(out, state)
+        processes.wait()
 
     started = logged_at = time.perf_counter()
     logged: dict[str, float] = {}
     window: list[dict[str, Tensor]] = []
     text = ""
-    with RunLog(out, state.step) as log, _Interruption() as interruption:
-        stream = source.batches(state.step * settings.accumulate)
-        while state.step < settings.steps and not interruption.asked:
+    with RunLog(out, state.step) if processes.first else nullcontext() as log, _Interruption() as interruption:
+        stream = source.batches(state.step * settings.accumulate, processes.part)
+        while state.step < settings.steps and not processes.any(interruption.asked, device):
+            course.open(state)
             batches = _next_batches(stream, state, interruption)
             if batches is None:
                 break
-            window.append(take_step(state, batches))
-            if state.step % settings.log_every == 0 or state.step == settings.steps:
+            with course.watched(state.step + 1) as details:
+                window.append(take_step(state, batches))
+            if log is not None and details:
+                log.write(state.step, details, DETAILS)
+            if state.step % settings.log_every == 0 or state.step == settings.steps or state.step in course.borders:
                 logged = _mean(window)
                 now = time.perf_counter()
                 speed = len(window) / (now - logged_at)
                 logged_at = now
                 window.clear()
                 rate = rate_at(settings, state.step - 1)
-                log.write(state.step, {**logged, "rate": rate, "steps_per_second": speed})
+                if log is not None:
+                    log.write(state.step, {**logged, "rate": rate, "steps_per_second": speed})
                 text = _progress_text(logged, rate, speed, settings.steps - state.step)
-            if progress is not None:
+            if progress is not None and processes.first:
                 progress(state.step, settings.steps, text)
             if state.step % settings.save_every == 0 and state.step < settings.steps:
                 save()
@@ -366,13 +528,14 @@ def train(
         logger.warning("%s: stopped at step %d of %d; resume to go on", out, state.step, settings.steps)
     return TrainResult(
         folder=out,
-        model=out / MODEL,
+        model=course.result(out),
         steps=state.step,
         interrupted=stopped,
         seconds=time.perf_counter() - started,
         losses=logged,
         skipped=dict(source.skipped),
         repaired=dict(source.repaired),
+        first=processes.first,
     )
 
 
@@ -385,7 +548,7 @@ def settings_of(out: Path) -> dict[str, Any]:
 def _next_batches(stream: Iterator[Batch], state: TrainingState, interruption: "_Interruption") -> list[Batch] | None:
     """All batches of one step, or None where the wait for them was interrupted."""
     settings = state.settings
-    interruption.waiting = True
+    interruption.waiting = state.processes.count == 1  # others would wait for this one in the step
     try:
         batches = list(itertools.islice(stream, settings.accumulate))
     except KeyboardInterrupt:
@@ -395,15 +558,14 @@ def _next_batches(stream: Iterator[Batch], state: TrainingState, interruption: "
     if len(batches) < settings.accumulate:
         raise UserError(f"the data ended at step {state.step}", remedy="give a source of batches that does not end")
     for batch in batches:
-        if len(batch.images) != settings.batch:
-            raise UserError(
-                f"the data gives {len(batch.images)} pictures a batch, the settings say {settings.batch}", remedy="make both the same"
-            )
+        if len(batch.images) * state.processes.count != settings.batch:
+            given = len(batch.images) * state.processes.count
+            raise UserError(f"the data gives {given} pictures a batch, the settings say {settings.batch}", remedy="make both the same")
     return [batch.to(state.device) for batch in batches]
 
 
 def _mean(window: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    names = list(window[0])
+    names = list(window[0])  # the same in all: a line of the log ends where terms change
     means = torch.stack([torch.stack([step[name].float() for name in names]) for step in window]).mean(0).tolist()
     values = dict(zip(names, means, strict=True))
     return {"loss": sum(value for name, value in values.items() if name != "gradient_norm"), **values}
@@ -516,7 +678,7 @@ def _refuse_wrong_folder(out: Path, resume: bool) -> None:
         raise UserError(f"holds a run already ({held})", where=out, remedy=f"{resumed}name another folder")
 
 
-def _refuse_other_settings(saved: Mapping[str, Any], settings: TrainSettings, path: Path) -> None:
+def _refuse_other_settings(saved: Mapping[str, Any], settings: LoopSettings, path: Path) -> None:
     for name, value in dataclasses.asdict(settings).items():
         if name not in settings.MAY_CHANGE and saved.get(name) != value:
             raise UserError(
@@ -567,6 +729,8 @@ def _are_tensors(value: object) -> bool:
 _PARTS: Mapping[str, Callable[[Any], bool]] = {  # of a state, and what tells a sound one
     "settings": _is_dict,
     "data": lambda value: isinstance(value, str),
+    "identity": _is_dict,
+    "course": _is_dict,
     "step": _is_count,
     "model": _are_tensors,
     "average": _are_tensors,

@@ -414,6 +414,8 @@ class Archive:
     def tensor(self, stored: StoredTensor) -> Tensor:
         """The tensor itself, in the type it is stored in. Several may share memory, as they did when they were saved."""
         storage = stored.storage
+        if stored.size == (0,):
+            return torch.empty(0, dtype=storage.dtype)
         last = stored.offset + sum((size - 1) * stride for size, stride in zip(stored.size, stored.stride, strict=True))
         count = 1
         for size in stored.size:

@@ -59,16 +59,16 @@ class Vocabulary:
     def width(self) -> int:
         return int(self.embeddings.shape[1])
 
+    def check_width(self, width: int, where: object) -> None:
+        """A UserError where a model that reads embeddings of `width` cannot take these."""
+        if self.width != width:
+            remedy = "compute them with the text encoder that the model was trained with: `crqat-fx embed`"
+            raise UserError(f"embeddings are {self.width} wide and the model reads {width}", where=where, remedy=remedy)
+
     def select(self, names: Iterable[str]) -> "Vocabulary":
         """The vocabulary of these names, in their order."""
-        rows = {name: row for row, name in enumerate(self.names)}
         wanted = tuple(names)
-        for name in wanted:
-            if name not in rows:
-                close = difflib.get_close_matches(name, self.names, n=3)
-                remedy = f"close to it are {', '.join(map(repr, close))}" if close else "choose among its names, or embed the name"
-                raise UserError(f"{name!r} is not among the {len(self)} names", where="vocabulary", remedy=remedy)
-        return Vocabulary(wanted, self.embeddings[[rows[name] for name in wanted]])
+        return Vocabulary(wanted, self.embeddings[rows_of(wanted, self.names)])
 
     def save(self, path: str | Path) -> None:
         """Writes the `.npz`, whole or not at all; the same vocabulary always gives the same bytes."""
@@ -100,6 +100,17 @@ class Vocabulary:
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
             raise UserError(f"is a damaged .npz file ({error})", where=source, remedy=REMAKE) from error
         return cls(*_checked(listed, embeddings, source))
+
+
+def rows_of(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Where among `names` each of the wanted stands; a UserError names one that is not there, and what is close to it."""
+    rows = {name: row for row, name in enumerate(names)}
+    for name in wanted:
+        if name not in rows:
+            close = difflib.get_close_matches(name, names, n=3)
+            remedy = f"close to it are {', '.join(map(repr, close))}" if close else "choose among its names, or embed the name"
+            raise UserError(f"{name!r} is not among the {len(names)} names", where="vocabulary", remedy=remedy)
+    return [rows[name] for name in wanted]
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dimensions: int, kind: str, allowed: int, path: Path) -> NDArray[Any]:

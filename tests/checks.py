@@ -6,13 +6,19 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 from torch.utils import _pytree as pytree
 
 from passes.base import Pass
 from passes.fx.graph import format_graph
+from passes.onnx.model import drop_dead, format_model
 
 GOLDEN = Path(__file__).parent / "golden"
 REGENERATE = "REGENERATE_GOLDEN"
@@ -128,3 +134,98 @@ def _same_outputs(when: str, expected: Outputs, got: Outputs, atol: float) -> No
         error = float((wanted - given).abs().max())
         if not error <= atol:
             raise AssertionError(f"output {number} {when} is off by {error:.3g}, more than {atol:.3g}")
+
+
+# --- passes over ONNX models ---
+
+PLAIN, OPTIMISED = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+
+
+def onnx_model(text: str, **constants: np.ndarray) -> ir.Model:
+    """A model of ONNX's own text form, `name (inputs) => (outputs) { nodes }`, with initializers, and every shape inferred."""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{textwrap.dedent(text)}')
+    proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items())
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True))
+
+
+def check_lowering(
+    rewriting: Pass[ir.Model], model: ir.Model, *, after: str | None = None, rewrites: int = 0, atol: float = 0.0
+) -> ir.Model:
+    """Holds a pass over an ONNX model to everything it promises, and returns the rewritten model.
+
+    The text after (not given: left as it was), the exact count of rewrites, the outputs in onnxruntime without optimizations (codes
+    equal, floats within `atol`) and with all of them (codes one step apart at most), nothing left that no output needs, and a second run
+    that finds nothing. Inputs are drawn.
+    """
+    before = format_model(model)
+    feeds = _drawn(model)
+    expected = run_model(model, feeds, PLAIN)
+    for name, value in expected.items():
+        if value.size < 2 or not np.isfinite(value.astype(np.float64)).all() or (value == value.flat[0]).all():
+            raise AssertionError(f"the output {name} of the model before is constant or not finite: nothing could be told from it")
+
+    result = rewriting(model)
+    if result.graph is not model:
+        raise AssertionError("the pass returned another model: passes rewrite in place")
+    _same_text("after", before if after is None else after, format_model(model))
+    if result.rewrites != rewrites:
+        raise AssertionError(f"{result.rewrites} rewrites, {rewrites} promised")
+    _same_values("after the pass", expected, run_model(model, feeds, PLAIN), atol, steps=0)
+    _same_values("after the pass, optimised", expected, run_model(model, feeds, OPTIMISED), atol, steps=1)
+
+    left = format_model(model)
+    drop_dead(model)
+    _same_text("without what is dead", left, format_model(model))
+    again = rewriting(model)
+    if again.rewrites:
+        raise AssertionError(f"a second run found {again.rewrites} rewrites: the first left some, or undid itself")
+    _same_text("after a second run", left, format_model(model))
+    return model
+
+
+def run_model(model: ir.Model, feeds: dict[str, np.ndarray], level: onnxruntime.GraphOptimizationLevel) -> dict[str, np.ndarray]:
+    """The model's outputs by name."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads, options.graph_optimization_level = 3, 1, level
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def optimised_kinds(model: ir.Model, folder: Path) -> dict[str, int]:
+    """How many nodes of each kind the graph has that onnxruntime runs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds: dict[str, int] = {}
+    for node in onnx.load(folder / "optimised.onnx").graph.node:
+        kinds[node.op_type] = kinds.get(node.op_type, 0) + 1
+    return kinds
+
+
+def _drawn(model: ir.Model, seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, np.ndarray] = {}
+    for value in model.graph.inputs:
+        assert value.dtype is not None
+        assert value.shape is not None
+        shape = [dim if isinstance(dim, int) else 2 for dim in value.shape]
+        kind = value.dtype.numpy()
+        if kind.kind == "f":
+            drawn[str(value.name)] = generator.standard_normal(shape).astype(kind)
+        else:
+            ends = np.iinfo(kind)
+            drawn[str(value.name)] = generator.integers(ends.min, ends.max, shape, dtype=kind, endpoint=True)
+    return drawn
+
+
+def _same_values(when: str, expected: dict[str, np.ndarray], got: dict[str, np.ndarray], atol: float, steps: int) -> None:
+    if expected.keys() != got.keys():
+        raise AssertionError(f"the outputs {when} are {', '.join(got)}, before {', '.join(expected)}")
+    for name, wanted in expected.items():
+        given = got[name]
+        if (wanted.shape, wanted.dtype) != (given.shape, given.dtype):
+            raise AssertionError(f"{name} {when} is {given.dtype}{list(given.shape)}, before {wanted.dtype}{list(wanted.shape)}")
+        apart = np.abs(wanted.astype(np.float64) - given.astype(np.float64)).max()
+        if not apart <= (steps if wanted.dtype.kind in "iu" else atol):
+            raise AssertionError(f"{name} {when} is off by {apart:.3g}")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from truths import truth_of
 
 from crqat_fx.assign import ALPHA, BETA, EPS, TOP, assign, ciou
-from crqat_fx.data.samples import Truth
+from crqat_fx.data.batch import Truth
 from crqat_fx.models.yolo_world import anchor_points
 
 POINTS = torch.tensor([[4.0, 4.0], [12.0, 4.0], [4.0, 12.0], [12.0, 12.0]])  # stride 8, 16 px

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 from every_kind import RECIPE, EveryKind, inputs
+from torch import nn
 
 import crqat_fx
 from crqat_fx import ShapesTask
 from crqat_fx.errors import UserError
-from crqat_fx.models.yolo_world import build
+from crqat_fx.models.yolo_world import Concat, build
 from crqat_fx.quantize.calibrate import calibrate, picture_batches
 from crqat_fx.quantize.prepare import prepare
 from crqat_fx.quantize.prepared import Phase
+from crqat_fx.recipe import QuantRecipe, QuantRule
 from passes.fx.graph import module_of
 from passes.fx.placement import quantizes
+from passes.spec import QuantSpec
 
 
 def prepared(target="ort", model=None):
@@ -94,6 +97,64 @@ def test_every_observer_sets_every_quantizer(observer):
     assert made.calibrated
     with torch.no_grad():
         assert all(torch.isfinite(output).all() for output in made.graph.eval()(*inputs(2)))
+
+
+def scales(made, observer, batches):
+    calibrate(made, batches, observer)
+    return {name: float(each.scale.detach().mean()) for name, each in made.quantizers().items() if each.learns and not each.weight}
+
+
+@pytest.mark.parametrize("observer", ["percentile-90", "omse", "entropy"])
+def test_what_nobody_but_the_output_reads_keeps_its_whole_range(observer):
+    made = prepared()
+    batches = [inputs(seed) for seed in range(3)]
+    whole, cut = scales(made, "minmax", batches), scales(made, observer, batches)
+    returned = {"quant.match.output", "quant.last.output", "quant.body.joining.concat.output"}
+    assert all(cut[name] == whole[name] for name in returned)
+    if observer == "percentile-90":  # what else is returned is read in codes, too: it is cut as all others
+        assert {name for name in whole if cut[name] == whole[name]} == returned
+    used = {name: calibration.observer for name, calibration in made.calibrations.items()}
+    assert {name for name in whole if used[name] == "minmax"} == returned
+
+
+def test_a_detectors_logits_and_bins_are_what_is_kept_whole():
+    made = prepare(build("pico", 1), vocabulary=ShapesTask().vocabulary, size=96)
+    calibrate(made, picture_batches(made, [np.full((96, 96, 3), 255, np.uint8)]), "percentile")
+    kept = {name for name, calibration in made.calibrations.items() if calibration.observer == "minmax"}
+    head = "quant.bbox_head.head_module"
+    assert kept == {f"{head}.{part}.output" for level in range(3) for part in (f"cls_contrasts.{level}.match", f"reg_preds.{level}.2")}
+
+
+def test_a_scale_that_others_read_as_well_is_no_outputs_own():
+    class Joining(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other, self.concat = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), Concat()
+
+        def forward(self, x):
+            x = self.layer(x)
+            return self.concat(x, self.other(x))
+
+    torch.manual_seed(0)
+    eight = QuantRecipe((QuantRule("*", QuantSpec(8, True, 0), QuantSpec(8)),))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1), Joining())).eval()
+    made = prepare(model, [(torch.rand(2, 3, 4, 4),)], eight)
+    (shared,) = (name for name in made.quantizers() if "concat" in name)
+    assert sum(node.target == shared for node in made.graph.graph.nodes) == 3
+    calibrate(made, [(torch.rand(2, 3, 4, 4),)], "percentile-90")
+    assert made.calibrations[shared].observer == "percentile-90"
+
+
+def test_entropy_keeps_the_ranges_of_attention_gates():
+    model, _ = crqat_fx.load("pico-v1")
+    task = ShapesTask()
+    made = prepare(model, None, "8-8-8", "conv-inputs", vocabulary=task.vocabulary, size=160)
+    pictures = [task.draw("calibration", index).image for index in range(2)]
+    whole = scales(made, "minmax", picture_batches(made, pictures))
+    cut = scales(made, "entropy", picture_batches(made, pictures))
+    gates = [name for name in whole if "gate" in name]
+    assert len(gates) == 4
+    assert all(cut[name] > 0.9 * whole[name] for name in gates)
 
 
 def test_phase_mode_and_weights_stay_as_they_were():

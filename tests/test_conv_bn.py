@@ -9,12 +9,17 @@ from torch import nn
 
 from crqat_fx.errors import UserError
 from crqat_fx.quantize.conv_bn import ConvBn2d
+from crqat_fx.quantize.fake_quant import fake_quantizer
+from passes.spec import QuantSpec
 
 
 class Halves(nn.Module):
     """Rounds to halves, and lets gradients through: a quantizer that needs no calibration."""
 
-    def forward(self, x):
+    def forward(self, x, factor=None):
+        if factor is not None:
+            wide = factor.view(-1, 1, 1, 1)
+            return self(x * wide) / wide
         return x + ((x * 2).round() / 2 - x).detach()
 
 
@@ -76,6 +81,26 @@ def test_training_normalises_what_the_quantized_folded_weight_gives():
     expected = (y - y.mean((0, 2, 3), keepdim=True)) / torch.sqrt(y.var((0, 2, 3), unbiased=False, keepdim=True) + module.bn.eps)
     expected = expected * module.bn.weight.view(-1, 1, 1) + module.bn.bias.view(-1, 1, 1)
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_training_learns_as_the_folded_weight_quantized_and_unfolded_does(axis):
+    module = ConvBn2d(*pair(bias=False)).train()
+    quantizer = fake_quantizer(QuantSpec(4, True, axis), observer="minmax", weight=True)()
+    factor = (module.bn.weight / torch.sqrt(module.bn.running_var + module.bn.eps)).detach().view(-1, 1, 1, 1)
+    quantizer.observe(module.weight.detach() * factor)
+    quantizer.initialise()
+    quantizer.log_scale.data -= 0.5  # some is clipped
+    apart = copy.deepcopy(module), copy.deepcopy(quantizer)
+    module.weight_fake_quant = quantizer
+    (module(picture()) * picture(2)[:, :1]).sum().backward()
+    other, rounds = apart
+    weight = rounds(other.weight * factor) / factor
+    (other.bn(nn.functional.conv2d(picture(), weight, padding=1)) * picture(2)[:, :1]).sum().backward()
+    found, expected = (module.weight.grad, quantizer.log_scale.grad), (other.weight.grad, rounds.log_scale.grad)
+    for own, defined in zip(found, expected, strict=True):
+        assert defined.abs().max() > 1e-4
+        torch.testing.assert_close(own, defined, rtol=1e-4, atol=1e-6 * defined.abs().max().item())
 
 
 def test_gamma_of_zero_gives_finite_numbers_and_gradients_and_can_be_left_again():

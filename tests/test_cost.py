@@ -110,8 +110,8 @@ def test_one_rule_costs_what_its_bits_and_scales_say(target):
     plain = price(measured("v2-pico")).total
     ruled = price(measured("v2-pico"), QuantRecipe((QuantRule(path, weight, activation),)), target).total
     elements, macs = inputs * outputs * 9, inputs * outputs * 9 * (64 // 4) ** 2
-    scales_of_activation = inputs if target == "conv-inputs" else outputs
-    assert plain.bits - ruled.bits == elements * (32 - 3) - 32 * outputs - 2 * 32 * scales_of_activation
+    scales_of_activation, held = (inputs, 3) if target == "conv-inputs" else (outputs, 4)
+    assert plain.bits - ruled.bits == elements * (32 - held) - 32 * outputs - 2 * 32 * scales_of_activation
     assert plain.bops - ruled.bops == macs * (32 * 32 - 3 * 5)
     assert (ruled.macs, ruled.parameters, ruled.fp32_bits) == (plain.macs, plain.parameters, plain.fp32_bits)
 
@@ -123,6 +123,27 @@ def test_a_product_of_activations_takes_their_bits_twice_and_a_scale_a_head():
     plain, ruled = price(here).total, price(here, recipe, "conv-inputs").total
     assert plain.bops - ruled.bops == 2 * 2 * 256 * 80 * (32 * 32 - 8 * 8)
     assert ruled.bits - plain.bits == 2 * 8 * 2 * 32  # two operands of eight heads, a scale and a zero point each
+
+
+@pytest.mark.parametrize(("bits", "held"), [(2, 4), (3, 4), (4, 4), (5, 8), (6, 8), (7, 8), (8, 8)])
+def test_integer_kernels_take_at_most_7_bits_of_a_weight_and_files_hold_4_or_8(bits, held):
+    path, spec = "backbone.image_model.stage1.0.conv", QuantSpec(bits, symmetric=True)
+    here, elements, macs = measured("v2-pico"), 8 * 16 * 9, 8 * 16 * 9 * (64 // 4) ** 2
+    plain = price(here).total
+    recipe = QuantRecipe((QuantRule(path, spec, QuantSpec(8)),))
+    published, ort = price(here, recipe, "conv-inputs").total, price(here, recipe, "ort").total
+    assert plain.bops - published.bops == macs * (32 * 32 - bits * 8)
+    assert plain.bops - ort.bops == macs * (32 * 32 - min(bits, 7) * 8)
+    scalars = 3 * 32  # of the weight a scale, of the activation a scale and a zero point
+    assert plain.bits - published.bits == elements * (32 - bits) - scalars
+    assert plain.bits - ort.bits == elements * (32 - held) - scalars
+
+
+@pytest.mark.parametrize(("target", "bits"), [("ort", 7 * 8), ("conv-inputs", 8 * 8)])
+def test_an_operand_in_a_weights_place_is_held_to_its_bits(target, bits):
+    path = "neck.bottom_up_layers.1.attn_block.max_similarity"
+    here, recipe = measured("v1-s"), QuantRecipe((QuantRule(path, activation=QuantSpec(8)),))
+    assert price(here).total.bops - price(here, recipe, target).total.bops == 2 * 2 * 256 * 80 * (32 * 32 - bits)
 
 
 def test_an_export_of_v2_stores_what_folding_leaves():

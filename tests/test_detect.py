@@ -18,11 +18,8 @@ from weights_from_names import weights_from_names
 from crqat_fx.checkpoint import load_model, write_checkpoint
 from crqat_fx.detect import (
     DetectSettings,
-    TorchDetector,
-    carried_settings,
     detect_pictures,
     drawing_targets,
-    open_detector,
     open_vocabulary,
     split_names,
 )
@@ -30,6 +27,7 @@ from crqat_fx.draw import enlarged
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import build, config_for, decode_boxes, flatten_levels
 from crqat_fx.pictures import Source, find_sources, letterbox, read_picture
+from crqat_fx.torch_detector import TorchDetector, TorchModel, carried_settings
 from crqat_fx.vocabulary import Vocabulary
 
 NAMES = ("person", "red car", "café", "bus, double-decker", "tie")
@@ -59,10 +57,12 @@ def conf(model: torch.nn.Module) -> float:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What is logged, even where the command line has turned propagation off before."""
-    logger = logging.getLogger("crqat_fx.detect")
-    logger.addHandler(caplog.handler)
+    loggers = [logging.getLogger(f"crqat_fx.{module}") for module in ("detect", "torch_detector")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
     yield caplog
-    logger.removeHandler(caplog.handler)
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
 
 
 def photos(count: int = 3) -> list[np.ndarray]:
@@ -207,7 +207,7 @@ def test_opens_a_detector_from_a_file_with_its_vocabulary_and_size(tmp_path, mod
     write_checkpoint(tmp_path / "model.pt", model, config_for("pico", 1), vocabulary=vocabulary(), metadata={"size": 96})
     loaded, checkpoint = load_model(tmp_path / "model.pt")
     assert carried_settings(checkpoint) == {"size": 96}
-    detector = open_detector(loaded, checkpoint, DetectSettings(size=96, conf=conf, text="tie, person", max=7))
+    detector = TorchModel(loaded, checkpoint).detector(DetectSettings(size=96, conf=conf, text="tie, person", max=7))
     assert detector.names == ("tie", "person")
     found = detector.detect(photos(1))[0]
     assert 0 < len(found) <= 7
@@ -226,7 +226,7 @@ def test_embeddings_of_another_width_are_refused(tmp_path, model):
     vocabulary(width=64).save(tmp_path / "v.npz")
     loaded, checkpoint = load_model(tmp_path / "model.pt")
     with pytest.raises(UserError, match="embeddings are 64 wide and the model reads 512"):
-        open_detector(loaded, checkpoint, DetectSettings(vocabulary=tmp_path / "v.npz"))
+        TorchModel(loaded, checkpoint).detector(DetectSettings(vocabulary=tmp_path / "v.npz"))
 
 
 # --- pictures in, drawings and JSON out ---

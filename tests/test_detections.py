@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weights_from_names import reference_inputs, weights_from_names
 
-from crqat_fx.detect import pick_tensor
 from crqat_fx.detections import Detections, Picked, Selection, decode_cells, nms, pick, postprocess, sigmoid
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import build, decode_boxes
 from crqat_fx.pictures import Placement
+from crqat_fx.torch_detector import pick_tensor
 
 REFERENCE = Path(__file__).parent / "data" / "detections_v1_s.npz"
 

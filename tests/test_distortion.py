@@ -14,7 +14,7 @@ from listed_set import ListedSet
 from matplotlib.colors import to_rgb
 
 from crqat_fx.assign import assign
-from crqat_fx.data.samples import Truth
+from crqat_fx.data.batch import Truth
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
 from crqat_fx.distortion import (
     Distortion,

@@ -14,11 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
-from crqat_fx.detect import TorchDetector
 from crqat_fx.detections import Detections
 from crqat_fx.errors import UserError
 from crqat_fx.evaluate import EvaluateSettings, Scores, category_slots, evaluate, score
 from crqat_fx.models.yolo_world import build
+from crqat_fx.torch_detector import TorchDetector
 
 MODULE = importlib.import_module("crqat_fx.evaluate")  # the package exports a function of this name
 IOUS = np.linspace(0.5, 0.95, 10)

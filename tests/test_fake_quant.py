@@ -121,9 +121,10 @@ def test_forward_and_gradients_are_those_of_the_definition(case: str, clips: boo
 
 
 @pytest.mark.parametrize("kernels", [BLOCKED, PLAIN], ids=["blocked", "plain"])
-def test_a_factor_is_multiplied_before_and_divided_by_after(kernels: Kernels) -> None:
-    grid = Grid(-8, 7, 0)
-    x, scale, _, dy = drawn((6, 5, 3, 3), QuantSpec(4, True, 0), torch.float64)
+@pytest.mark.parametrize("axis", [0, None])
+def test_a_factor_is_multiplied_before_and_divided_by_after(axis: int | None, kernels: Kernels) -> None:
+    grid = Grid(-8, 7, axis)
+    x, scale, _, dy = drawn((6, 5, 3, 3), QuantSpec(4, True, axis), torch.float64)
     factor = torch.tensor([0.3, -2.0, 1.0, 5.0, -0.1, 1e-3], dtype=torch.float64)
     wide = factor.view(-1, 1, 1, 1)
     leaves = [leaf.detach().clone().requires_grad_() for leaf in (x / wide, scale, factor)]
@@ -136,6 +137,28 @@ def test_a_factor_is_multiplied_before_and_divided_by_after(kernels: Kernels) ->
     expected.backward(dy)
     for own, other in zip(leaves, defined, strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("clips", [False, True], ids=["lsq", "pact"])
+@pytest.mark.parametrize("kernels", [BLOCKED, PLAIN], ids=["blocked", "plain"])
+@pytest.mark.parametrize("spec", [QuantSpec(4, True, 0), QuantSpec(4, False, 1)], ids=str)
+def test_writing_over_the_gradient_changes_none(spec: QuantSpec, kernels: Kernels, clips: bool) -> None:
+    x, scale, zero, dy = drawn((6, 5, 7, 7), spec, torch.float64)
+    grid, zero = Grid(spec.lowest, spec.highest, spec.channel_axis, clips), None if clips else zero
+    apart = gradients(lambda *leaves: fake_quantize(*leaves, grid, 0.3, kernels), x, scale, zero, dy.clone())
+    over = gradients(lambda *leaves: fake_quantize(*leaves, grid, 0.3, kernels, over=True), x, scale, zero, dy.clone())
+    for one, other in zip(over, apart, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_a_gradient_that_may_be_is_written_over() -> None:
+    x, scale, _, dy = drawn((6, 5, 7, 7), QuantSpec(4, True, 0), torch.float64)
+    for over in (False, True):
+        given = dy.clone()
+        leaf = x.clone().requires_grad_()
+        fake_quantize(leaf, scale, None, Grid(-8, 7, 0), over=over).backward(given)
+        assert torch.equal(given, dy) is not over
+        assert torch.equal(given, leaf.grad) is over
 
 
 @pytest.mark.parametrize("kernels", [BLOCKED, PLAIN], ids=["blocked", "plain"])

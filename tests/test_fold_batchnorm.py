@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 from crqat_fx.models.yolo_world import build
-from crqat_fx.pipelines import float_export_passes
 from crqat_fx.trace import trace
 from passes.fx.fold_batchnorm import FoldBatchNorm
 
@@ -473,7 +472,7 @@ def test_folds_every_norm_of_a_detector(version):
     images, text = torch.rand(1, 3, 64, 96), nn.functional.normalize(torch.randn(1, 5, 512), dim=2)
     with torch.no_grad():
         before = model(images, text)
-        assert float_export_passes()(graph).rewrites == norms
+        assert FoldBatchNorm()(graph).rewrites == norms
         after = graph(images, text)
     for expected, got in zip(sum(before, ()), sum(after, ()), strict=True):
         assert expected.std() > 1e-3

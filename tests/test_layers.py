@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"crqat_fx.errors", "crqat_fx.files", "crqat_fx.progress"}
+GROUND = {"crqat_fx.__version__", "crqat_fx.errors", "crqat_fx.files", "crqat_fx.progress"}
 PIXELS = {*GROUND, "numpy", "cv2"}
 TENSORS = {*GROUND, "torch", "numpy"}
 
@@ -22,12 +22,18 @@ LAYERS: dict[str, set[str]] = {
     "crqat_fx.settings": {*GROUND, "yaml"},
     # 1
     "passes.fx": {"passes.base", "passes.spec", "torch"},
-    # 2, without torch: what runs an exported model needs them
+    "passes.onnx": {"passes.base", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
+    # 2, without torch: what runs an exported file needs them
     "crqat_fx.vocabulary": {*GROUND, "numpy"},
     "crqat_fx.headers": set(),
     "crqat_fx.pictures": {*PIXELS, "crqat_fx.headers"},
     "crqat_fx.detections": {*PIXELS, "crqat_fx.pictures"},
     "crqat_fx.draw": {*PIXELS, "crqat_fx.detections"},
+    "crqat_fx.metadata": {*GROUND, "crqat_fx.detections", "crqat_fx.vocabulary"},
+    "crqat_fx.onnx_session": {*GROUND, "onnxruntime"},
+    "crqat_fx.onnx_run": {*GROUND, "numpy", "onnxruntime", "crqat_fx.onnx_session"},
+    "crqat_fx.onnx_cuts": {*GROUND, "numpy", "onnx", "onnxruntime", "crqat_fx.onnx_session"},
+    "crqat_fx.data": {*PIXELS, "yaml", "crqat_fx.vocabulary", "crqat_fx.pictures", "crqat_fx.settings"},
     # 2
     "crqat_fx.models": TENSORS,
     "crqat_fx.models.text": {
@@ -49,16 +55,24 @@ LAYERS: dict[str, set[str]] = {
         "crqat_fx.data.shapes",
     },
     "crqat_fx.unpickle": TENSORS,
-    "crqat_fx.data": {*TENSORS, "cv2", "yaml", "crqat_fx.vocabulary", "crqat_fx.pictures", "crqat_fx.settings"},
-    "crqat_fx.assign": {*TENSORS, "crqat_fx.models", "crqat_fx.data.samples"},
-    "crqat_fx.losses": {*TENSORS, "crqat_fx.models", "crqat_fx.data.samples", "crqat_fx.assign"},
+    "crqat_fx.data.batch": {*TENSORS, "crqat_fx.data"},
+    "crqat_fx.data.loader": {*TENSORS, "cv2", "crqat_fx.data"},
+    "crqat_fx.data.shapes_batches": {*TENSORS, "cv2", "crqat_fx.data"},
+    "crqat_fx.data.training": {*TENSORS, "crqat_fx.data", "crqat_fx.vocabulary"},
+    "crqat_fx.device": TENSORS,
+    "crqat_fx.distributed": TENSORS,
+    "crqat_fx.assign": {*TENSORS, "crqat_fx.models", "crqat_fx.data.batch"},
+    "crqat_fx.losses": {*TENSORS, "crqat_fx.models", "crqat_fx.data.batch", "crqat_fx.assign", "crqat_fx.distributed"},
+    "crqat_fx.distill": {*TENSORS, "crqat_fx.assign", "crqat_fx.distributed"},
     "crqat_fx.recipe": {*GROUND, "passes.spec", "yaml"},
+    "crqat_fx.curriculum": GROUND,
     # 3: the one package that imports torch.ao
     "crqat_fx.quantize": {
         *TENSORS,
         "passes",
         "crqat_fx.models",
         "crqat_fx.recipe",
+        "crqat_fx.curriculum",
         "crqat_fx.trace",
         "crqat_fx.pipelines",
         "crqat_fx.vocabulary",
@@ -67,12 +81,48 @@ LAYERS: dict[str, set[str]] = {
         "crqat_fx.pictures",
     },
     "crqat_fx.trace": {*GROUND, "torch", "crqat_fx.models", "passes"},
-    "crqat_fx.pipelines": {*TENSORS, "passes", "crqat_fx.models", "crqat_fx.recipe", "crqat_fx.trace"},
+    "crqat_fx.pipelines": {*TENSORS, "onnx_ir", "passes", "crqat_fx.models", "crqat_fx.recipe", "crqat_fx.trace"},
     "crqat_fx.cost": {*TENSORS, "passes", "crqat_fx.models", "crqat_fx.recipe", "crqat_fx.pipelines", "crqat_fx.trace"},
+    "crqat_fx.lower": {
+        *TENSORS,
+        "passes",
+        "crqat_fx.models",
+        "crqat_fx.recipe",
+        "crqat_fx.pipelines",
+        "crqat_fx.trace",
+        "crqat_fx.quantize",
+        "crqat_fx.vocabulary",
+    },
+    "crqat_fx.emission": {*TENSORS, "onnx_ir", "passes", "crqat_fx.models"},
+    "crqat_fx.file_ends": {"numpy", "onnx_ir", "passes.onnx", "crqat_fx.detections"},
+    # 4, without torch
+    "crqat_fx.detect": {*PIXELS, "crqat_fx.detections", "crqat_fx.draw", "crqat_fx.pictures", "crqat_fx.vocabulary"},
+    "crqat_fx.onnx_detector": {
+        *PIXELS,
+        "onnxruntime",
+        "crqat_fx.detect",
+        "crqat_fx.detections",
+        "crqat_fx.metadata",
+        "crqat_fx.onnx_session",
+        "crqat_fx.pictures",
+        "crqat_fx.vocabulary",
+    },
+    "crqat_fx.evaluate": {*PIXELS, "faster_coco_eval", "crqat_fx.data.samples", "crqat_fx.detect", "crqat_fx.detections"},
+    "crqat_fx.onnx_profile": {*GROUND, "google.protobuf", "onnx", "onnxruntime", "crqat_fx.onnx_run", "crqat_fx.onnx_session"},
+    "crqat_fx.coverage": {*GROUND, "crqat_fx.metadata", "crqat_fx.onnx_profile", "crqat_fx.onnx_run", "crqat_fx.recipe"},
+    "crqat_fx.bench": {
+        *GROUND,
+        "numpy",
+        "onnxruntime",
+        "crqat_fx.coverage",
+        "crqat_fx.onnx_profile",
+        "crqat_fx.onnx_run",
+        "crqat_fx.onnx_session",
+    },
 }
 APPLICATIONS = {
-    "detect",
-    "evaluate",
+    "torch_detector",
+    "model_files",
     "distortion",
     "plots",
     "train",
@@ -83,9 +133,31 @@ APPLICATIONS = {
     "graph_picture",
     "console",
     "demo",
+    "export",
+    "verify",
+    "recording",
+    "qat",
+    "noise",
+    "mixed_recipe",
+    "sensitivity",
+    "graph_layout",
+    "graph_page",
+    "graph_view",
+    "prepared_inspection",
 }
 ENTRANCES = {"crqat_fx", "crqat_fx.__main__", "crqat_fx.cli"}
-FOR_EVERYTHING = {"crqat_fx", "passes", "torch", "numpy", "cv2", "rich", "matplotlib", "tensorboardX", "faster_coco_eval"}
+FOR_EVERYTHING = {"crqat_fx", "passes", "torch", "numpy", "cv2", "rich", "matplotlib", "tensorboardX", "onnx", "onnx_ir"}
+# what these import when they are imported never leads to torch: they run where it is not installed
+TORCH_FREE = (
+    "crqat_fx.__main__",
+    "crqat_fx.cli",
+    "crqat_fx.model_files",
+    "crqat_fx.detect",
+    "crqat_fx.evaluate",
+    "crqat_fx.onnx_detector",
+    "crqat_fx.data.opening",
+    "crqat_fx.bench",
+)
 
 
 def modules() -> dict[str, Path]:
@@ -101,8 +173,27 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: line {node.lineno}: imports are absolute"
-            found.add(node.module or "")
+            found |= {f"crqat_fx.{alias.name}" for alias in node.names} if node.module == "crqat_fx" else {node.module or ""}
     return {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+def imports_at_once(path: Path) -> set[str]:
+    """Every module that a file imports as it is imported itself: not those that only a function or a type checker asks for."""
+    found: set[str] = set()
+    rest: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            rest += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        rest += ast.iter_child_nodes(node)
+    return found
 
 
 def within(name: str, allowed: set[str]) -> bool:
@@ -122,6 +213,21 @@ def test_imports_stay_within_the_layer(module):
         allowed = LAYERS[layer] | {layer}
     assert "crqat_fx.cli" not in imports(modules()[module])
     assert not {name for name in imports(modules()[module]) if not within(name, allowed)}
+
+
+@pytest.mark.parametrize("start", TORCH_FREE)
+def test_what_runs_exported_files_never_leads_to_torch(start):
+    files = modules()
+    way, rest = {start: start}, [start]
+    while rest:
+        module = rest.pop()
+        for name in imports_at_once(files[module]):
+            assert not within(name, {"torch"}), f"{way[module]} -> {name}"
+            packages = {name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)}  # importing a module imports its packages
+            for other in ({name} | packages) & files.keys() - way.keys():
+                way[other] = f"{way[module]} -> {other}"
+                rest.append(other)
+    assert len(way) > 3
 
 
 def test_torch_ao_is_imported_in_one_package_alone():

@@ -14,9 +14,9 @@ import torch
 from drawn_sets import COLOURS, NAMES, WIDTH, draw, save, write_coco, write_data, write_grounding, write_vocabulary
 
 from crqat_fx.data.augment import Augmentation
+from crqat_fx.data.batch import Batch
 from crqat_fx.data.config import DataConfig, open_validation, read_data, texts_needed
 from crqat_fx.data.loader import DetectionBatches, Samples
-from crqat_fx.data.samples import Batch
 from crqat_fx.errors import UserError
 from crqat_fx.vocabulary import Vocabulary
 

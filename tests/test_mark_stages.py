@@ -423,7 +423,7 @@ def test_a_foreign_graph_is_refused_with_the_reason_and_left_as_it_was(model, re
 
 def test_every_pass_says_what_it_does_in_one_line():
     lines = passes_in_order()
-    assert {name for _, name, _ in lines} >= {"mark-stages", "fold-batchnorm"}
+    assert {name for _, name, _ in lines} >= {"mark-stages", "fold-batchnorm", "half-precision", "pad-stem"}
     assert all(text.endswith(".") and "\n" not in text for _, _, text in lines)
 
 

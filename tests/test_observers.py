@@ -1,6 +1,7 @@
 """Observers find the range that they say, from streams whose memory does not grow."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -163,6 +164,25 @@ def test_entropy_gives_up_a_lone_outlier_and_keeps_a_dense_range() -> None:
     lowest, highest = watched("entropy", QuantSpec(8), torch.rand(200_000, generator=seed()) - 0.5)._range()
     assert highest.item() > 0.45
     assert lowest.item() < -0.45
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(8), QuantSpec(4), QuantSpec(8, True), QuantSpec(8, False, 1)], ids=str)
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda x: 0.06 + 0.94 * torch.sigmoid(2 * x),  # a gate: nothing near zero
+        lambda x: 5 + torch.sigmoid(x),
+        lambda x: -5 - torch.sigmoid(x),
+        lambda x: torch.sign(x) * (3 + torch.sigmoid(x)),
+    ],
+    ids=["gate", "far above zero", "far below zero", "two peaks"],
+)
+def test_entropy_never_chooses_a_range_without_the_values(tensor: Callable[[Tensor], Tensor], spec: QuantSpec) -> None:
+    """Where all of them are piled on one bin, or on none, nothing is told apart that could be lost."""
+    x = tensor(torch.randn(4, 6, 100, 100, generator=seed()))
+    scale, zero = watched("entropy", spec, x).quantization()
+    grid = Grid(spec.lowest, spec.highest, spec.channel_axis)
+    assert (fake_quantize(x, scale, zero, grid) - x).abs().mean() < (0.05 if spec.bits == 8 else 0.3)
 
 
 def test_a_moving_average_follows_the_ends_of_batches() -> None:

@@ -9,8 +9,10 @@ from drawn_sets import NAMES, write_coco, write_data, write_vocabulary
 
 from crqat_fx.data.coco import CocoSet
 from crqat_fx.data.loader import DetectionBatches
-from crqat_fx.data.opening import SHAPES, joined, open_evaluation, open_training, size_of_data
-from crqat_fx.data.shapes import ShapesBatches, ShapesSet, ShapesTask
+from crqat_fx.data.opening import SHAPES, joined, open_evaluation, size_of_data
+from crqat_fx.data.shapes import ShapesSet, ShapesTask
+from crqat_fx.data.shapes_batches import ShapesBatches
+from crqat_fx.data.training import open_training
 from crqat_fx.errors import UserError
 from crqat_fx.vocabulary import Vocabulary
 

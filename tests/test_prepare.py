@@ -79,6 +79,18 @@ def test_the_model_is_left_as_it_was():
     assert prepared.graph.training
 
 
+def test_a_model_that_is_taken_over_gives_its_own_parameters_and_the_same_graph():
+    torch.manual_seed(0)
+    model = build("pico", 2)
+    copied, taken = prepare(model), prepare(model, take_over=True)
+    assert taken.text() == copied.text()
+    own = {id(value) for value in model.parameters()}
+    assert sum(id(value) in own for value in taken.graph.parameters()) == len(own)
+    assert not any(id(value) in own for value in copied.graph.parameters())
+    state = copied.graph.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in taken.graph.state_dict().items())
+
+
 def test_the_default_is_what_runs_as_integers_everywhere():
     prepared = prepare(build("pico", 2))
     assert prepared.recipe == preset("4-8-8-int")

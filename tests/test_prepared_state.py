@@ -11,16 +11,18 @@ from every_kind import RECIPE, EveryKind, inputs
 from torch import nn
 
 import crqat_fx
-from crqat_fx import pipelines
-from crqat_fx.detect import TorchDetector
+from crqat_fx import pipelines, unpickle
+from crqat_fx.checkpoint import Checkpoint, write_checkpoint
 from crqat_fx.errors import UserError
+from crqat_fx.model_files import read_model
 from crqat_fx.models.yolo_world import build
 from crqat_fx.quantize.calibrate import calibrate
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepare import load_prepared, prepare
-from crqat_fx.quantize.prepared import Phase, is_prepared_file
+from crqat_fx.quantize.prepared import Phase, Prepared
 from crqat_fx.recipe import QuantRecipe, QuantRule
+from crqat_fx.torch_detector import TorchDetector
 from crqat_fx.trace import yolo_world_examples
 from crqat_fx.vocabulary import Vocabulary
 from passes.base import Pass
@@ -172,7 +174,6 @@ def test_a_file_brings_back_everything(calibrated, target, phase, tmp_path):
     prepared.set_phase(phase)
     path = tmp_path / "prepared.pt"
     prepared.save(path)
-    assert is_prepared_file(path)
     loaded = load_prepared(path)
     assert loaded.text() == prepared.text()
     assert (loaded.phase, loaded.recipe, loaded.target, loaded.size) == (phase, prepared.recipe, prepared.target, 64)
@@ -268,14 +269,17 @@ def _with(change):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda path: path.write_bytes(b"no archive"), "is no prepared model"),
-        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be read"),
-        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_bytes(b"no archive"), "is a text file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is cut short or damaged"),
+        (lambda path: path.unlink(), "does not exist"),
         (lambda path: _written(path, {"format": "else"}), "is no prepared model"),
         (lambda path: _written(path, nn.Linear(1, 1)), "is no prepared model"),
         (_with(lambda content: content.update(format_version=99)), "of format 99"),
         (_with(lambda content: content.pop("phase")), "is damaged"),
         (_with(lambda content: content.update(state=[1])), "is damaged"),
+        (_with(lambda content: content["state"].update(odd="text")), "is damaged: .*of what should be a tensor"),
+        (_with(lambda content: next(iter(content["calibrations"].values())).update(observer=3)), "is damaged: .*of its calibration"),
+        (_with(lambda content: next(iter(content["calibrations"].values())).update(scale=3)), "is damaged: .*of what should be a tensor"),
         (_with(lambda content: content.update(size="big")), "is damaged"),
         (_with(lambda content: content.update(config={"version": 7})), "is damaged"),
         (_with(lambda content: content.update(config=[])), "is damaged"),
@@ -296,14 +300,52 @@ def test_a_file_that_is_something_else_is_refused_in_one_line(calibrated, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_only_a_prepared_file_is_taken_for_one(calibrated, tmp_path):
+def test_one_reader_tells_a_prepared_model_from_a_checkpoint_and_opens_the_file_once(calibrated, tmp_path, monkeypatch):
+    opened, really = [], unpickle.opened
+
+    def counted(path):
+        opened.append(path)
+        return really(path)
+
     path = tmp_path / "some.pt"
+    for place in ("crqat_fx.unpickle", "crqat_fx.checkpoint", "crqat_fx.quantize.prepared"):
+        monkeypatch.setattr(f"{place}.opened", counted)
     with pytest.raises(UserError, match="does not exist"):
-        is_prepared_file(path)
+        read_model(path)
     path.write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"some\.pt: is "):
-        is_prepared_file(path)
-    _written(path, {"format": "crqat-fx checkpoint"})
-    assert not is_prepared_file(path)
+        read_model(path)
+    opened.clear()
     calibrated["ort"].save(path)
-    assert is_prepared_file(path)
+    found = read_model(path)
+    assert isinstance(found, Prepared)
+    assert found.text() == calibrated["ort"].text()
+    model = build("pico", 2)
+    write_checkpoint(path, model, model.config)
+    found = read_model(path)
+    assert isinstance(found, Checkpoint)
+    assert all(torch.equal(value, found.state[name]) for name, value in model.state_dict().items())
+    assert opened == [path, path]
+
+
+def test_a_file_tells_what_set_each_range_and_from_where_training_moved_it(calibrated, tmp_path):
+    prepared = fresh(calibrated["ort"])
+    before = {name: each.scale.detach().clone() for name, each in prepared.quantizers().items()}
+    step(prepared)
+    prepared.save(tmp_path / "p.pt")
+    loaded = load_prepared(tmp_path / "p.pt")
+    learning = {name for name, each in loaded.quantizers().items() if each.learns}
+    assert set(loaded.calibrations) == learning
+    assert {each.observer for each in loaded.calibrations.values()} == {"minmax"}
+    assert {each.pictures for each in loaded.calibrations.values()} == {3}
+    assert all(torch.equal(before[name], each.scale) for name, each in loaded.calibrations.items())
+    assert any(not torch.equal(each.scale, loaded.quantizers()[name].scale) for name, each in loaded.calibrations.items())
+
+
+def test_a_model_whose_ranges_were_never_set_comes_back_from_its_file(tmp_path):
+    prepared = prepare(build("pico", 2), None, "4-8-8-int", "ort", vocabulary=vocabulary(), size=64)
+    prepared.save(tmp_path / "p.pt")
+    loaded = load_prepared(tmp_path / "p.pt")
+    assert not loaded.calibrated
+    assert loaded.calibrations == {}
+    assert loaded.text() == prepared.text()

@@ -11,7 +11,8 @@ import torch
 from crqat_fx.checkpoint import load_model
 from crqat_fx.data.augment import Augmentation
 from crqat_fx.data.loader import DetectionBatches
-from crqat_fx.data.shapes import ShapesBatches, ShapesTask
+from crqat_fx.data.shapes import ShapesTask
+from crqat_fx.data.shapes_batches import ShapesBatches
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import Size, config_for
 from crqat_fx.pretrain import PretrainSettings, open_source, pretrain

@@ -21,12 +21,12 @@ from crqat_fx.data.shapes import (
     NOVEL_COUNT,
     SHAPES,
     Piece,
-    ShapesBatches,
     ShapesSet,
     ShapesTask,
     paint,
     write_coco,
 )
+from crqat_fx.data.shapes_batches import ShapesBatches
 from crqat_fx.errors import UserError
 from crqat_fx.vocabulary import Vocabulary
 

@@ -5,10 +5,10 @@ import torch
 
 from crqat_fx.checkpoint import load_model
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
-from crqat_fx.detect import TorchDetector
 from crqat_fx.evaluate import EvaluationResult, evaluate
 from crqat_fx.models.yolo_world import size_of
 from crqat_fx.shipped import SHIPPED, locate
+from crqat_fx.torch_detector import TorchDetector
 
 PICTURES = 100
 AP = {"pico-v1": 80.85, "pico-v2": 83.55}  # on the first validation pictures of the drawn task

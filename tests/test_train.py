@@ -24,7 +24,7 @@ from tensorboardX.record_writer import masked_crc32c
 from torch import Tensor, nn
 
 from crqat_fx.checkpoint import load_model
-from crqat_fx.data.samples import Batch, Truth
+from crqat_fx.data.batch import Batch, Truth
 from crqat_fx.ema import MovingAverage
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import YoloWorld, YoloWorldConfig, build, initialise_head
@@ -33,6 +33,7 @@ from crqat_fx.runlog import RunLog
 from crqat_fx.settings import Resolved, resolve
 from crqat_fx.train import (
     NOMINAL_BATCH,
+    FloatCourse,
     NonFiniteError,
     TrainingState,
     TrainResult,
@@ -52,7 +53,8 @@ CONFIG = YoloWorldConfig(version=1, deepen=0.33, widen=0.125, class_width=16, po
 SETTINGS = TrainSettings(steps=8, batch=2, warmup=2, ema_horizon=4.0, log_every=1, save_every=3, device="cpu")
 COLOURS = torch.tensor([[230, 30, 30], [30, 200, 40], [40, 60, 230], [220, 220, 30]], dtype=torch.uint8)
 SAVED = (
-    "format", "settings", "data", "step", "model", "average", "average_updates", "optimizer", "scaler", "random", "cuda_random",
+    "format", "settings", "data", "identity", "course", "step", "model", "average", "average_updates", "optimizer", "scaler", "random",
+    "cuda_random",
 )  # fmt: skip
 NAMES = ("red", "green", "blue", "yellow")
 EMBEDDINGS = nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(5)), dim=1)
@@ -71,7 +73,8 @@ class Rectangles:
         self.skipped: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        assert part == (0, 1)
         step = start_step
         while step != self.end:
             self.before(step)
@@ -99,7 +102,10 @@ def tiny_model(seed: int = 0, version: int = 1) -> YoloWorld:
 
 
 def state_of(model: YoloWorld, settings: TrainSettings = SETTINGS) -> TrainingState:
-    return TrainingState(model.to(memory_format=torch.channels_last), settings, CPU, "rectangles")
+    training = model.training
+    state = TrainingState(FloatCourse(model, settings, CPU), CPU, "rectangles")
+    model.train(training)
+    return state
 
 
 def saved(folder: Path) -> dict[str, Any]:

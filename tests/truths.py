@@ -2,7 +2,7 @@
 
 import torch
 
-from crqat_fx.data.samples import Truth
+from crqat_fx.data.batch import Truth
 
 Row = tuple[int, float, float, float, float]
 

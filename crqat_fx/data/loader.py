@@ -22,9 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crqat_fx.data.augment import Augmentation, Boxed, augmented
+from crqat_fx.data.batch import Batch, collate, fingerprint_of, slots_of
 from crqat_fx.data.coco import Texts
 from crqat_fx.data.config import DataConfig, open_set, open_vocabularies, refuse_missing, refuse_padding
-from crqat_fx.data.samples import Batch, Sample, collate, fingerprint_of
+from crqat_fx.data.samples import Sample
 from crqat_fx.data.texts import EMPTY, merged, sample_texts
 from crqat_fx.errors import UserError
 
@@ -210,10 +211,10 @@ class DetectionBatches:
             }
         )
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """The batches from a step on."""
+    def batches(self, start_step: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches from a step on, or of each the part that is asked for: which, of how many equal ones."""
         loader = DataLoader(
-            _Steps(self.samples),
+            _Steps(self.samples, slots_of(part, self.samples.batch)),
             batch_size=None,
             sampler=itertools.count(start_step),
             num_workers=self._workers,
@@ -268,12 +269,13 @@ class _Drawn:
 class _Steps(Dataset[_Drawn | str]):
     """The batch of a step. A UserError comes as its text: a worker's exception would come as a traceback."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, slots: range) -> None:
         self.samples = samples
+        self.slots = slots
 
     def __getitem__(self, step: int) -> _Drawn | str:
         try:
-            drawn = [self.samples.sample(step, slot) for slot in range(self.samples.batch)]
+            drawn = [self.samples.sample(step, slot) for slot in self.slots]
         except UserError as error:
             return str(error)
         samples = [sample for sample, _ in drawn]

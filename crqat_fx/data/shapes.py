@@ -15,10 +15,9 @@ import json
 import math
 import multiprocessing
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import cv2
 import numpy as np
 import yaml
 
-from crqat_fx.data.samples import Batch, Sample, collate, fingerprint_of
+from crqat_fx.data.samples import Sample
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
 from crqat_fx.progress import Progress
@@ -53,8 +52,6 @@ COLOURS = {
 }
 
 _VOCABULARY_STREAM = 0  # what a random stream of the seed is for; splits follow from 1
-_ORDER_STREAM = 101
-_AUGMENT_STREAM = 102
 _SMALLEST, _LARGEST = 0.125, 0.5  # an object's longest side as a share of the picture's
 _TURN = math.radians(20)
 _TRIES = 40  # places tried for an object before the picture goes without it
@@ -279,7 +276,7 @@ class ShapesTask:
 
     def layout(self, split: str, index: int) -> tuple[Piece, ...]:
         """The objects of a picture, from back to front."""
-        rng = np.random.default_rng([self.seed, _stream(split), index])
+        rng = np.random.default_rng([self.seed, stream_of(split), index])
         count = int(rng.integers(1, MOST_OBJECTS + 1))
         labels = np.searchsorted(np.cumsum(self.probabilities(split))[:-1], rng.random(count), side="right")
         # The largest first: small objects lie in front, and there is room for more of them.
@@ -312,14 +309,14 @@ class ShapesTask:
     def draw(self, split: str, index: int) -> Sample:
         """A picture with its boxes; the labels index `names`."""
         pieces = self.layout(split, index)
-        canvas = _background(np.random.default_rng([self.seed, _stream(split), index, 1]), self.size)
+        canvas = _background(np.random.default_rng([self.seed, stream_of(split), index, 1]), self.size)
         for piece in pieces:
             paint(canvas, piece)
         boxes = np.array([piece.box for piece in pieces], np.float32)
         return Sample(canvas, boxes, np.array([piece.label for piece in pieces], np.int64), self.names)
 
 
-def _stream(split: str) -> int:
+def stream_of(split: str) -> int:
     if split not in SPLITS:
         raise UserError(f"the drawn task has no split {split!r}", remedy=f"choose one of {', '.join(SPLITS)}")
     return 1 + SPLITS.index(split)
@@ -395,96 +392,6 @@ def _file_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-class ShapesBatches:
-    """Training batches of the drawn task, an endless and resumable stream: batch `step` is a pure function of the seed and the step.
-
-    An epoch is the first `count` training pictures in an order of its own. Each picture gets `texts` texts: its own names and as many
-    other base names, in random order. Augmented by a horizontal flip and a change of brightness alone. Pictures are drawn when they
-    are first needed and kept as long as they fit into `memory` bytes.
-    """
-
-    def __init__(
-        self,
-        task: ShapesTask,
-        count: int = 8000,
-        batch: int = 16,
-        texts: int = 40,
-        *,
-        seed: int = 0,
-        split: str = "train",
-        flip: float = 0.5,
-        brightness: float = 0.2,
-        memory: int = 1 << 30,
-    ) -> None:
-        if count < 1 or batch < 1:
-            raise UserError(f"no batches of {batch} can be made of {count} pictures of the drawn task")
-        if not MOST_OBJECTS <= texts <= BASE_COUNT:
-            raise UserError(
-                f"{texts} texts a picture are not possible on the drawn task", remedy=f"choose {MOST_OBJECTS} to {BASE_COUNT} texts"
-            )
-        if split == "val":
-            raise UserError("the split val of the drawn task shows novel names", remedy="train on the split train or calibration")
-        _stream(split)
-        self.task, self.split, self.count, self.batch, self.texts = task, split, count, batch, texts
-        self.seed, self.flip, self.brightness = seed, flip, brightness
-        kept = min(count, memory // (task.size * task.size * 3))
-        self.skipped: Counter[str] = Counter()  # what is drawn is never broken
-        self.repaired: Counter[str] = Counter()
-        self._images = np.empty((kept, task.size, task.size, 3), np.uint8)
-        self._drawn: dict[int, Sample] = {}
-
-    @property
-    def text_width(self) -> int:
-        return self.task.vocabulary.width
-
-    @property
-    def fingerprint(self) -> str:
-        """A short hash over what decides the batches."""
-        decisive = ("split", "count", "batch", "texts", "seed", "flip", "brightness")
-        return fingerprint_of({"task": asdict(self.task)} | {name: getattr(self, name) for name in decisive})
-
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        for step in itertools.count(start_step):
-            yield self.at(step)
-
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
-        positions = range(step * self.batch, (step + 1) * self.batch)
-        orders = {epoch: self._order(epoch) for epoch in {position // self.count for position in positions}}
-        pairs = [self._augmented(int(orders[position // self.count][position % self.count]), position) for position in positions]
-        return collate([sample for sample, _ in pairs], [embeddings for _, embeddings in pairs])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, _ORDER_STREAM, epoch]).permutation(self.count)
-
-    def _augmented(self, index: int, position: int) -> tuple[Sample, np.ndarray]:
-        sample = self._sample(index)
-        rng = np.random.default_rng([self.seed, _AUGMENT_STREAM, position])
-        image, boxes = sample.image, sample.boxes
-        if rng.random() < self.flip:
-            image = cv2.flip(image, 1)
-            boxes = boxes[:, [2, 1, 0, 3]]
-            boxes[:, [0, 2]] = self.task.size - boxes[:, [0, 2]]
-        image = cv2.convertScaleAbs(image, alpha=rng.uniform(1 - self.brightness, 1 + self.brightness))
-        present = np.unique(sample.labels)
-        others = np.setdiff1d(np.arange(BASE_COUNT), present)
-        shown = rng.permutation(np.concatenate([present, rng.permutation(others)[: self.texts - len(present)]]))
-        slots = np.argsort(shown)
-        labels = slots[np.searchsorted(shown, sample.labels, sorter=slots)]
-        texts = tuple(self.task.names[label] for label in shown)
-        return Sample(image, boxes, labels, texts), self.task.vocabulary.embeddings[shown]
-
-    def _sample(self, index: int) -> Sample:
-        sample = self._drawn.get(index)
-        if sample is not None:
-            return sample
-        sample = self.task.draw(self.split, index)
-        if index < len(self._images):
-            self._images[index] = sample.image
-            sample = self._drawn[index] = Sample(self._images[index], sample.boxes, sample.labels, sample.texts)
-        return sample
-
-
 def write_coco(task: ShapesTask, out: str | Path, counts: Mapping[str, int], *, workers: int = 2, progress: Progress | None = None) -> Path:
     """Writes the first pictures of each split in `counts` as a detection set in COCO's format, and returns its data.yaml.
 
@@ -495,7 +402,7 @@ def write_coco(task: ShapesTask, out: str | Path, counts: Mapping[str, int], *, 
     """
     folder = Path(out)
     for split, count in counts.items():
-        _stream(split)
+        stream_of(split)
         if count < 1:
             raise UserError(f"{count} pictures of {split} are no set", remedy="leave the split out, or ask for a picture at least")
     if not counts:

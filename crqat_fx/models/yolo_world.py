@@ -130,10 +130,11 @@ class MatMul(nn.Module):
 
 
 class Match(nn.Module):
-    """Every text against every position: text [B,N,D], regions [B,D,HW], a scalar bias -> [B,N,HW], with no second tensor of that size."""
+    """Every text against every position: text [B,N,D], regions [B,D,HW], a scalar bias -> [B,N,HW], with no second tensor of that size.
+    Texts [1,N,D] serve all pictures."""
 
     def forward(self, text: Tensor, regions: Tensor, bias: Tensor) -> Tensor:
-        return torch.baddbmm(bias, text, regions)
+        return torch.baddbmm(bias, text.expand(regions.shape[0], -1, -1), regions)
 
 
 @torch.fx.wrap

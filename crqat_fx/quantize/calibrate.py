@@ -1,6 +1,10 @@
 """Gives quantizers their first scales: the model runs in float over some pictures while observers watch, then every range is searched.
 
 Weights are seen once, folded as evaluation folds them; activations as a stream, in memory that does not grow with the pictures.
+
+Every quantizer is set by the observer that is asked for, with two exceptions that keep the whole range: a weight by entropy, and what the
+model returns by any. A logit is read for its rare high values, which decide what is found and in which order, and an observer that clips
+would make them equal: they are too few for a squared error or a share of all values to tell.
 """
 
 import logging
@@ -13,8 +17,9 @@ from crqat_fx.errors import UserError
 from crqat_fx.pictures import letterbox
 from crqat_fx.progress import Progress
 from crqat_fx.quantize.observers import make_observer
-from crqat_fx.quantize.prepared import Prepared
+from crqat_fx.quantize.prepared import Calibration, Prepared
 from crqat_fx.trace import Example
+from passes.fx.placement import quantizes, readers
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +44,16 @@ def calibrate(
     chosen = {name: each for name, each in prepared.quantizers(stages).items() if each.learns}
     if stages is not None and not chosen:
         raise UserError(f"no quantizer is in {', '.join(stages)}", where="calibration", remedy="name stages of the model")
+    returned = _returned(prepared)
+    names = {name: _observer(observer, weight=each.weight, returned=name in returned) for name, each in chosen.items()}
     before = {name: each.enabled for name, each in everything.items()}
     training = prepared.graph.training
     seen = 0
     try:
         for each in everything.values() if stages is None else chosen.values():
             each.enabled = False
-        for each in chosen.values():
-            each.observer = make_observer(_for_weights(observer) if each.weight else observer, each.spec, weight=each.weight)
+        for name, each in chosen.items():
+            each.observer = make_observer(names[name], each.spec, weight=each.weight)
             each.observing = True
         prepared.graph.eval()
         with torch.no_grad():
@@ -65,6 +72,8 @@ def calibrate(
             raise UserError("there was no picture to calibrate on", where="calibration", remedy="give some pictures")
         for name, each in chosen.items():
             _set(name, each.initialise)
+            scale, zero = (value.cpu().clone() for value in each.calculate_qparams())
+            prepared.calibrations[name] = Calibration(names[name], seen, scale, zero)
     finally:
         for each in chosen.values():
             each.observing = False
@@ -96,9 +105,20 @@ def _inputs(pictures: list[np.ndarray], text: torch.Tensor) -> Example:
     return images, text.expand(len(pictures), -1, -1)
 
 
-def _for_weights(observer: str) -> str:
+def _returned(prepared: Prepared) -> set[str]:
+    """The quantizers whose codes nobody reads but the graph's output."""
+    graph = prepared.graph
+    returned, read = set[str](), set[str]()
+    for node in graph.graph.nodes:
+        if quantizes(graph, node):
+            alone = all(reader.op == "output" for reader, _, _ in readers(graph, prepared.target, node))
+            (returned if alone else read).add(str(node.target))
+    return returned - read  # one that is shared may be both
+
+
+def _observer(asked: str, *, weight: bool, returned: bool) -> str:
     """Entropy compares how often values are met: a channel's few weights are no such sample, and keep their whole range."""
-    return "minmax" if observer == "entropy" else observer
+    return "minmax" if returned or (weight and asked == "entropy") else asked
 
 
 def _set(name: str, initialise: Callable[[], None]) -> None:

@@ -71,17 +71,18 @@ class ConvBn2d(nn.Conv2d):
         if not self.training or self.frozen:
             folded: Tensor = self._conv_forward(x, *self.folded())
             return folded
-        weight = self.weight if self.weight_fake_quant is None else self._measured_in(self._spread(self._factor().detach()))
+        weight = self.weight if self.weight_fake_quant is None else self._measured_in_factors()
         normalised: Tensor = self.bn(self._conv_forward(x, weight, self.bias))
         return normalised
 
-    def _measured_in(self, factor: Tensor) -> Tensor:
+    def _measured_in_factors(self) -> Tensor:
         """Q(k W) / k. No gradient flows through k: it is what the weight is measured in, and all that is left of it is a rounding error."""
+        with torch.no_grad():
+            factor = self._factor()
+        if factor.device.type == "cpu" and factor.all():  # elsewhere, asking would wait for the device
+            return self._quantized(self.weight, factor)
         none = factor == 0
-        if none.device.type == "cpu" and not none.any():  # elsewhere, asking would wait for the device
-            return self._quantized(self.weight * factor) / factor
-        divisor = torch.where(none, torch.ones_like(factor), factor)
-        return torch.where(none, self.weight, self._quantized(self.weight * divisor) / divisor)
+        return torch.where(self._spread(none), self.weight, self._quantized(self.weight, factor.masked_fill(none, 1)))
 
     def _factor(self) -> Tensor:
         """k, one a channel."""
@@ -91,8 +92,8 @@ class ConvBn2d(nn.Conv2d):
     def _spread(self, factor: Tensor) -> Tensor:
         return factor.view(-1, *[1] * (self.weight.dim() - 1))
 
-    def _quantized(self, weight: Tensor) -> Tensor:
+    def _quantized(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
         if self.weight_fake_quant is None:
             return weight
-        quantized: Tensor = self.weight_fake_quant(weight)
+        quantized: Tensor = self.weight_fake_quant(weight, factor)
         return quantized

@@ -131,7 +131,8 @@ class FakeQuantize(FakeQuantizeBase):
         self.flags[1] = 1
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """x, rounded. With `factor`, one a channel and never 0: x times it, rounded, and divided by it again."""
+        """x, rounded. With `factor`, one a channel and never 0: x times it, rounded, and divided by it again. That is for a weight that
+        one convolution alone reads: the gradient of the result is written over."""
         if self.observing:
             self.observe(x if factor is None else x * factor.view([-1 if axis == self.ch_axis else 1 for axis in range(x.ndim)]))
         if not self._enabled or x.numel() == 0:
@@ -147,6 +148,7 @@ class FakeQuantize(FakeQuantizeBase):
             self.gradient_scale(x),
             factor=factor,
             logarithm=learned is not None,
+            over=factor is not None,
         )
 
     def _zero(self) -> Tensor | None:

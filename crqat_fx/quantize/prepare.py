@@ -1,13 +1,16 @@
 """From a model to a graph with learnable quantizers in the right places: trace, mark stages, torch.ao, the placing passes, and the check.
 
 The model itself stays as it is: the prepared graph has a copy of its parameters, so that both can be compared, and one teach the other.
+A model that nobody else has use for can be taken over instead.
 """
 
 import copy
+import gc
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +25,7 @@ from crqat_fx.quantize.backend import Quantizers, insert_quantizers
 from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.frozen_norm import make_norms_freezable
 from crqat_fx.quantize.hold import hold_to_recipe
-from crqat_fx.quantize.prepared import AGAIN, Prepared, read_saved
+from crqat_fx.quantize.prepared import AGAIN, Prepared, Saved, read_saved
 from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET, QuantRecipe, QuantRule, Target, recipe_named, target_named
 from crqat_fx.trace import LEAVES, Example, trace, trace_unproved
 from crqat_fx.vocabulary import Vocabulary
@@ -36,6 +39,19 @@ logger = logging.getLogger(__name__)
 PICTURE = {"images": 1 / 255}  # a YOLO-World's pictures are bytes over 255, which 8 bits hold as they are
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A graph is thousands of small objects that stay: the collector would walk all of torch several times to find none of them gone."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def prepare(
     model: nn.Module,
     examples: Sequence[Example] | None = None,
@@ -48,13 +64,17 @@ def prepare(
     method: str = "lsq",
     stages: Literal[1, 2, 3] | None = None,
     leaves: tuple[type[nn.Module], ...] = LEAVES,
+    take_over: bool = False,
 ) -> Prepared:
     """The model as a graph with quantizers, to be calibrated and trained. A YOLO-World brings its own examples; another module needs
-    some of its inputs. `stages`: 2 for a YOLO-World unless told otherwise, 1 for another module."""
+    some of its inputs. `stages`: 2 for a YOLO-World unless told otherwise, 1 for another module. `take_over`: the graph gets the model's
+    own modules and parameters, not a copy, and the model is not to be used again."""
     chosen = recipe_named(recipe) if isinstance(recipe, str) else recipe
     place = target_named(target, cpu)
     parts: Literal[1, 2, 3] = stages or (2 if isinstance(model, YoloWorld) else 1)
-    graph = copy.deepcopy(_traced(model, examples, leaves))
+    graph = _traced(model, examples, leaves)
+    if not take_over:
+        graph = copy.deepcopy(graph)
     device = next((parameter.device for parameter in graph.parameters() if not parameter.is_meta), None)
     quantizers = Quantizers(method, device=device)
     try:
@@ -80,14 +100,32 @@ def load_prepared(
     model: nn.Module | None = None,
     examples: Sequence[Example] | None = None,
     leaves: tuple[type[nn.Module], ...] = LEAVES,
+    *,
+    raw: bool = False,
 ) -> Prepared:
     """A prepared model from its file: built again, checked to be the same graph, then loaded. Of a module of the user's own the file has
-    no code: give the module and its examples as they were given to `prepare`."""
-    saved = read_saved(path)
+    no code: give the module and its examples as they were given to `prepare`. Out of a training the file has an average of the weights,
+    which is taken unless the `raw` ones are asked for; `weights` of the result says which."""
+    return rebuilt(read_saved(path), model, examples, leaves, raw=raw)
+
+
+def rebuilt(
+    saved: Saved,
+    model: nn.Module | None = None,
+    examples: Sequence[Example] | None = None,
+    leaves: tuple[type[nn.Module], ...] = LEAVES,
+    *,
+    raw: bool = False,
+) -> Prepared:
+    """The model of a prepared file that was read."""
+    path = saved.path
+    if raw and saved.average is None:
+        raise UserError("has no average, so that its weights are the raw ones", where=path, remedy="leave out --raw-weights")
     if saved.config is None and model is None:
         raise UserError(
             "is of a module of your own", where=path, remedy="load it from Python, giving the module: load_prepared(path, module)"
         )
+    take_over = model is None
     if model is None and saved.config is not None:
         with torch.device("meta"):
             model = YoloWorld(saved.config)
@@ -103,6 +141,7 @@ def load_prepared(
         method=saved.method,
         stages=saved.parts,
         leaves=leaves,
+        take_over=take_over,
     )
     if prepared.digest() != saved.graph:
         raise UserError(
@@ -111,9 +150,11 @@ def load_prepared(
             remedy=f"use crqat-fx {saved.version}, or {AGAIN}",
         )
     try:
-        prepared.graph.load_state_dict(saved.state, assign=True)
+        prepared.graph.load_state_dict(saved.state if raw or saved.average is None else saved.average, assign=True)
     except RuntimeError as error:
         raise UserError(f"is damaged: its state does not fit ({str(error).splitlines()[-1].strip()})", where=path, remedy=AGAIN) from error
+    prepared.calibrations = saved.calibrations
+    prepared.weights = "only" if saved.average is None else "raw" if raw else "average"
     prepared.set_phase(saved.phase)
     prepared.graph.eval()
     return prepared

@@ -1,17 +1,15 @@
 """A graph with learnable quantizers: the one door to what in it is on, trained and frozen, and its file.
 
-A file holds no code: the model's configuration, recipe, target, vocabulary, size, phase and state, and the hash of the graph's text.
-Loading builds the model, runs the same passes, and refuses when what comes out is another graph than the one whose state is in the file.
+A file holds no code: the model's configuration, recipe, target, vocabulary, size, phase and state, and the hash of the graph's text; out of
+a training also the average of the state, which stands for the model wherever the raw state is not asked for. Loading builds the model,
+runs the same passes, and refuses when what comes out is another graph than the one whose state is in the file.
 """
 
 import dataclasses
 import hashlib
-import io
 import logging
-import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +18,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 
+from crqat_fx import __version__
+from crqat_fx.checkpoint import write_archive
+from crqat_fx.curriculum import Phase
 from crqat_fx.errors import UserError
-from crqat_fx.files import written
 from crqat_fx.models.yolo_world import YoloWorldConfig
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import METHODS, FakeQuantize
 from crqat_fx.recipe import CPUS, TARGETS, QuantRecipe, Target
-from crqat_fx.unpickle import opened
+from crqat_fx.unpickle import Archive, StoredTensor, opened
 from crqat_fx.vocabulary import Vocabulary
 from passes.base import Step
 from passes.fx.graph import STAGE, format_graph, module_of, node_paths
@@ -38,14 +38,31 @@ logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "crqat-fx prepared", 1
 AGAIN = "prepare the model again"
 
+Weights = Literal["only", "average", "raw"]  # of a file that has an average either it or the raw state is loaded
+
+
+def border(graph: GraphModule, stage: str) -> tuple[Node, ...]:
+    """What later stages read of one, in the order of a marked graph, before its quantizer: what distillation compares."""
+    found = []
+    for node in graph.graph.nodes:
+        if node.meta[STAGE] != stage or not any(user.meta[STAGE] != stage for user in node.users):
+            continue
+        source = node
+        while quantizes(graph, source):
+            source = source.all_input_nodes[0]
+        if source.op != "placeholder":
+            found.append(source)
+    return tuple(dict.fromkeys(found))
+
 
 @dataclass(frozen=True)
-class Phase:
-    """Which stages are quantized, which are trained, and whether the norms of those that are trained keep their statistics."""
+class Calibration:
+    """What a quantizer's range was last set by, and to: training moves it from there."""
 
-    quantized: tuple[str, ...]
-    trained: tuple[str, ...]
-    norm: Literal["train", "frozen"] = "train"
+    observer: str
+    pictures: int
+    scale: Tensor
+    zero_point: Tensor
 
 
 @dataclass
@@ -62,6 +79,8 @@ class Prepared:
     vocabulary: Vocabulary | None
     size: int
     steps: tuple[Step, ...]
+    weights: Weights = "only"
+    calibrations: dict[str, Calibration] = dataclasses.field(default_factory=dict)  # by quantizer
     phase: Phase = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,8 +117,6 @@ class Prepared:
         for asked in (*phase.quantized, *phase.trained):
             if asked not in names:
                 raise UserError(f"unknown stage {asked!r}", where="the phase", remedy=f"choose among {', '.join(names)}")
-        if phase.norm not in ("train", "frozen"):
-            raise UserError(f"norm is {phase.norm!r}", where="the phase", remedy="give train or frozen")
         trained: dict[nn.Parameter, bool] = {}
         for node, module in self._called():
             stage = node.meta[STAGE]
@@ -116,18 +133,9 @@ class Prepared:
             parameter.requires_grad_(learns)
         self.phase = phase
 
-    def border(self) -> tuple[Node, ...]:
-        """What later stages read of the first, in the order of the graph, before its quantizer: what distillation compares."""
-        first = self.stages[0]
-        crossing = [node for node in first.nodes if any(user.meta[STAGE] != first.name for user in node.users)]
-        found = []
-        for node in crossing:
-            source = node
-            while quantizes(self.graph, source):
-                source = source.all_input_nodes[0]
-            if source.op != "placeholder":
-                found.append(source)
-        return tuple(dict.fromkeys(found))
+    def border(self, stage: str | None = None) -> tuple[Node, ...]:
+        """What later stages read of one, of the first unless named."""
+        return border(self.graph, self.stages[0].name if stage is None else stage)
 
     def floats(self) -> list[tuple[str, str]]:
         """What stays float and why, by path: everything that computes, and is neither quantized nor read as codes."""
@@ -158,12 +166,12 @@ class Prepared:
     def digest(self) -> str:
         return hashlib.sha256(self.text().encode()).hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Writes the file, whole or not at all."""
+    def save(self, path: str | Path, average: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the file, whole or not at all. `average` is a state of the graph to be loaded in place of its own."""
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "version": metadata.version("crqat-fx"),
+            "version": __version__,
             "graph": self.digest(),
             "config": None if self.config is None else dataclasses.asdict(self.config),
             "parts": self.parts,
@@ -176,12 +184,11 @@ class Prepared:
             "vocabulary": None
             if self.vocabulary is None
             else {"names": list(self.vocabulary.names), "embeddings": torch.from_numpy(self.vocabulary.embeddings)},
-            "state": {key: value.detach().cpu().contiguous() for key, value in self.graph.state_dict().items()},
+            "state": _stored(self.graph.state_dict()),
+            "average": None if average is None else _stored(average),
+            "calibrations": {name: vars(each) for name, each in self.calibrations.items()},
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        with written(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        write_archive(path, content)
 
     def _called(self) -> Iterator[tuple[Node, nn.Module | None]]:
         for node in self.graph.graph.nodes:
@@ -195,6 +202,10 @@ class Prepared:
         owner, _, last = str(node.target).rpartition(".")
         value = getattr(self.graph.get_submodule(owner), last)
         return [value] if isinstance(value, nn.Parameter) else []
+
+
+def _stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -214,47 +225,46 @@ class Saved:
     phase: Phase
     vocabulary: Vocabulary | None
     state: dict[str, Tensor]
-
-
-def is_prepared_file(path: str | Path) -> bool:
-    """Whether a file says of itself that it is a prepared model. A file that is no checkpoint at all is a UserError."""
-    with opened(Path(path)) as archive:
-        return isinstance(archive.contents, dict) and archive.contents.get("format") == FORMAT
+    average: dict[str, Tensor] | None  # of a training
+    calibrations: dict[str, Calibration]
 
 
 def read_saved(path: str | Path) -> Saved:
     """The content of a prepared file. Nothing in it is run, and what does not fit is refused."""
-    where = Path(path)
-    try:
-        content: Any = torch.load(where, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror or type(error).__name__})", where=where, remedy="give a prepared model"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise UserError(f"is no prepared model ({type(error).__name__})", where=where, remedy=f"{AGAIN} with `crqat-fx prepare`") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    with opened(Path(path)) as archive:
+        return saved_in(archive)
+
+
+def holds_prepared(archive: Archive) -> bool:
+    """Whether a file that is open says of itself that it is a prepared model."""
+    return isinstance(archive.contents, dict) and archive.contents.get("format") == FORMAT
+
+
+def saved_in(archive: Archive) -> Saved:
+    """The content of a prepared file that is open."""
+    where = archive.path
+    if not holds_prepared(archive):
         raise UserError("is no prepared model", where=where, remedy="make one with `crqat-fx prepare`")
+    content: Any = archive.contents
     if content.get("format_version") != FORMAT_VERSION:
         told = content.get("format_version")
         raise UserError(
             f"is a prepared model of format {told!r:.20}, and this release reads {FORMAT_VERSION}", where=where, remedy="update"
         )
     try:
-        return _checked(where, content)
+        return _checked(archive, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"is damaged: {type(error).__name__} {error}"[:200], where=where, remedy=AGAIN) from error
 
 
-def _checked(where: Path, content: dict[Any, Any]) -> Saved:
+def _checked(archive: Archive, content: dict[Any, Any]) -> Saved:
     texts = {key: content[key] for key in ("version", "graph", "target", "cpu", "method")}
     if not all(isinstance(value, str) for value in texts.values()):
         raise TypeError("of its description")
     if texts["target"] not in TARGETS or texts["cpu"] not in CPUS or texts["method"] not in METHODS:
         raise ValueError(f"unknown target, processor or method ({texts['target']:.20}, {texts['cpu']:.20}, {texts['method']:.20})")
     state, phase, vocabulary, config = (content[key] for key in ("state", "phase", "vocabulary", "config"))
-    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise TypeError("of its state")
+    average = content.get("average")
     size, parts = content["size"], content["parts"]
     if type(size) is not int or size < 1 or parts not in (1, 2, 3):
         raise ValueError("of its size or stages")
@@ -264,13 +274,35 @@ def _checked(where: Path, content: dict[Any, Any]) -> Saved:
     if not all(isinstance(name, str) for each in names.values() for name in each):
         raise TypeError("of its phase")
     return Saved(
-        path=where,
+        path=archive.path,
         **texts,
         config=None if config is None else YoloWorldConfig(**config),
         parts=parts,
-        recipe=QuantRecipe.from_plain(content["recipe"], where),
+        recipe=QuantRecipe.from_plain(content["recipe"], archive.path),
         size=size,
-        phase=Phase(**names, norm=phase["norm"]),
-        vocabulary=None if vocabulary is None else Vocabulary(tuple(vocabulary["names"]), vocabulary["embeddings"].numpy()),
-        state=state,
+        phase=Phase(names["quantized"], names["trained"], phase["norm"]),
+        vocabulary=None
+        if vocabulary is None
+        else Vocabulary(tuple(vocabulary["names"]), _tensor(archive, vocabulary["embeddings"]).numpy()),
+        state=_state(archive, state),
+        average=None if average is None else _state(archive, average),
+        calibrations={str(name): _calibration(archive, **each) for name, each in content.get("calibrations", {}).items()},
     )
+
+
+def _state(archive: Archive, stored: dict[Any, Any]) -> dict[str, Tensor]:
+    if not all(isinstance(key, str) for key in stored):
+        raise TypeError("of its state")
+    return {key: _tensor(archive, value) for key, value in stored.items()}
+
+
+def _calibration(archive: Archive, observer: str, pictures: int, scale: object, zero_point: object) -> Calibration:
+    if not isinstance(observer, str) or type(pictures) is not int:
+        raise TypeError("of its calibration")
+    return Calibration(observer, pictures, _tensor(archive, scale), _tensor(archive, zero_point))
+
+
+def _tensor(archive: Archive, stored: object) -> Tensor:
+    if not isinstance(stored, StoredTensor):
+        raise TypeError("of what should be a tensor")
+    return archive.tensor(stored)

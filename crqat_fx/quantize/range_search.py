@@ -143,7 +143,9 @@ def percentile_of_histogram(histogram: StreamingHistogram, share: float) -> Ends
 def least_entropy_lost(histogram: StreamingHistogram, spec: QuantSpec) -> Ends:
     """The ends with the least Kullback-Leibler divergence of the quantized histogram from the whole, what is clipped piled up at the ends.
 
-    A code's share is spread evenly over those of its bins that hold something. First the upper end is searched, then the lower.
+    A code's share is spread evenly over those of its bins that hold something. A range with fewer bins than codes is no candidate, nor one
+    that holds nothing: rounding within a bin is not seen, and the less such a range keeps the less it would seem to lose, down to one bin
+    that all else is piled on. First the upper end is searched, then the lower.
     """
     cumulated = _Entropies(histogram)
     smallest = smallest_scale(histogram.lowest, histogram.highest, spec)
@@ -199,7 +201,9 @@ class _Entropies:
         piled[..., -1] += over
         spread = torch.where(piled > 0, piled * torch.log(mass / bins.clamp(min=1)), 0.0)  # -inf where something is piled on nothing
         kept = total - under - over
-        return (own_logs - spread.sum(2)) / total - torch.log(total) + torch.log(kept)
+        lost = (own_logs - spread.sum(2)) / total - torch.log(total) + torch.log(kept)
+        told_apart = numbers[..., -1] - numbers[..., 0] >= len(codes) - 1
+        return torch.where(told_apart & (kept > 0), lost, torch.inf)
 
 
 # --- of a tensor that is held whole: exact ---

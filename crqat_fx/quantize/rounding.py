@@ -13,15 +13,16 @@ With `clips` (there is no z then) the gradient is PACT's, that of clip(x, lowest
 ends, and dy/ds = code beyond them, else 0.
 
 On a processor x is taken a block at a time, so that a block stays in its cache from the first operation to the last, and the backward
-computes the codes again rather than keep them. On CUDA the plain form is compiled, once for all shapes. NaN comes out as NaN.
+computes the codes again rather than keep them. On CUDA the plain form is compiled, once for all shapes. NaN comes out as NaN. No operation
+here is one of those that autocast rounds to half precision.
 """
 
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -37,7 +38,8 @@ _keep_inside = torch.ops.aten.hardtanh_backward.grad_input  # gradient where low
 
 
 Ends = tuple[float, float]
-Gradients = tuple[Tensor, Tensor | None, Tensor | None]
+Sum = Tensor | float | None  # a number where one scale serves the whole tensor, None where nothing learns
+Gradients = tuple[Tensor, Sum, Sum]
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,34 @@ class Grid:
 
 @dataclass(frozen=True)
 class Kernels:
-    """x, s, z, grid -> y; and dy, x, s, z, grid -> dx, ds, dz, the last two where something learns. z is whole, or None for 0."""
+    """x, s, z, grid -> y; and dy, x, s, z, grid -> dx, s ds, dz. x is dense; z is not rounded yet, or None for 0.
+
+    The backward is told whether anything but x learns, else it gives dx alone, and whether dx may be written over dy.
+    """
 
     forward: Callable[[Tensor, Tensor, Tensor | None, Grid], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor | None, Grid, bool], Gradients]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor | None, Grid, bool, bool], Gradients]
+
+
+def _dense(x: Tensor, axis: int | None) -> Tensor:
+    """x without gaps: in rows along an axis, else in any order."""
+    if x.is_contiguous() or (axis is None and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def _whole(zero: Tensor | None, grid: Grid) -> Tensor | None:
+    return None if zero is None else zero.clamp(grid.lowest, grid.highest).round_()
+
+
+def _whole_number(zero: Tensor | None, grid: Grid) -> float:
+    if zero is None:
+        return 0.0
+    number: float = zero.item()
+    return number if math.isnan(number) else float(round(min(max(number, grid.lowest), grid.highest)))
 
 
 # --- blocked, for processors ---
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)) else x.contiguous()
 
 
 def _flat(dense: Tensor) -> Tensor:
@@ -71,7 +90,7 @@ def _flat(dense: Tensor) -> Tensor:
 
 def _as_rows(x: Tensor, axis: int) -> Tensor:
     """One row for each scale: the axis last but one, whatever is behind it in the row."""
-    return x.contiguous().view(x.shape[:axis].numel() * x.shape[axis], -1)
+    return x.view(x.shape[:axis].numel() * x.shape[axis], -1)
 
 
 def _block() -> int:
@@ -84,20 +103,20 @@ def _parts(flat: Tensor, size: int) -> Sequence[Tensor]:
 
 def _round_flat(x: Tensor, y: Tensor, scale: Tensor, lowest: float, highest: float) -> None:
     size = _block()
-    for values, out in zip(_parts(x, size), _parts(y, size), strict=True):
+    blocks = [(x, y)] if x.numel() <= size else zip(_flat(x).split(size), _flat(y).split(size), strict=True)
+    for values, out in blocks:
         torch.div(values, scale, out=out).round_().clamp_(lowest, highest).mul_(scale)
 
 
 def _blocked_forward(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     if grid.axis is None:
-        x = _dense(x)
         y = torch.empty_like(x)
-        shift = 0 if zero is None else zero.item()
-        _round_flat(_flat(x), _flat(y), scale, grid.lowest - shift, grid.highest - shift)
+        shift = _whole_number(zero, grid)
+        _round_flat(x, y, scale, grid.lowest - shift, grid.highest - shift)
         return y
     rows = _as_rows(x, grid.axis)
     y = torch.empty_like(rows)
-    scales, zeros = _of_rows(scale, len(rows)), _of_rows(zero, len(rows))
+    scales, zeros = _of_rows(scale, len(rows)), _of_rows(_whole(zero, grid), len(rows))
     if rows.shape[1] >= BLOCK:
         shifts = [0.0] * len(rows) if zeros is None else zeros.flatten().tolist()
         for row, out, own, shift in zip(rows, y, scales, shifts, strict=True):
@@ -144,27 +163,23 @@ def _scratch(values: Tensor, codes: Tensor | None) -> Tensor:
     return codes if len(codes) == len(values) else codes[: len(values)]
 
 
-def _keep_where_coded(
-    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, grid: Grid, ends: Ends, code: Tensor, out: Tensor
-) -> None:
-    """Writes dx to `out`, and to `code` x / s, rounded unless the grid clips."""
-    torch.div(x, scale, out=code)
-    if not grid.clips:
-        code.round_()
-    if shift is not None:
-        code.add_(shift)
+def _keep_where_coded(dy: Tensor, code: Tensor, grid: Grid, ends: Ends, dx: Tensor) -> None:
+    """Writes dx, which may be dy's own memory. `code` is x / s between the ends, rounded unless the grid clips."""
     margin = 0.0 if grid.clips else 0.5
-    _keep_inside(dy, code, ends[0] - margin, ends[1] + margin, grad_input=out)
+    _keep_inside(dy, code, ends[0] - margin, ends[1] + margin, grad_input=dx)
 
 
 def _flat_gradients(dy: Tensor, x: Tensor, dx: Tensor, scale: Tensor, shift: float | None, grid: Grid, learns: bool) -> tuple[float, float]:
-    """Writes dx; returns ds, and the sum of dy where no code exists."""
-    size = _block()
+    """Writes dx; returns s ds and dz."""
+    size, step = _block(), scale.item()
     ends = (grid.lowest - (shift or 0.0), grid.highest - (shift or 0.0))
     code, levels, inside, outside = None, 0.0, 0.0, 0.0
     for gradient, values, out in zip(_parts(dy, size), _parts(x, size), _parts(dx, size), strict=True):
         code = _scratch(values, code)
-        _keep_where_coded(gradient, values, scale, None, grid, ends, code, out)
+        torch.div(values, scale, out=code)
+        if not grid.clips:
+            code.round_()
+        _keep_where_coded(gradient, code, grid, ends, out)
         if not learns:
             continue
         (code.round_() if grid.clips else code).clamp_(*ends)
@@ -172,43 +187,61 @@ def _flat_gradients(dy: Tensor, x: Tensor, dx: Tensor, scale: Tensor, shift: flo
         inside += torch.dot(out, code if grid.clips else values).item()
         if shift is not None:
             outside += gradient.sum().item() - out.sum().item()
-    return levels - inside / (1.0 if grid.clips else scale.item()), outside
+    return (levels - inside) * step if grid.clips else levels * step - inside, -outside * step
 
 
-def _blocked_backward(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, learns: bool) -> Gradients:
+def _blocked_backward(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, learns: bool, over: bool) -> Gradients:
     if grid.axis is None:
-        x = _dense(x)
         dy = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x)
-        ds, outside = _flat_gradients(_flat(dy), _flat(x), _flat(dx), scale, None if zero is None else zero.item(), grid, learns)
-        return dx, scale.new_tensor(ds), None if zero is None else scale * -outside
-    rows, dys = _as_rows(x, grid.axis), _as_rows(dy, grid.axis)
-    dx = torch.empty_like(rows)
-    scales, zeros = _of_rows(scale, len(rows)), _of_rows(zero, len(rows))
+        shift = None if zero is None else _whole_number(zero, grid)
+        total, dz = _flat_gradients(_flat(dy), _flat(x), _flat(dx), scale, shift, grid, learns)
+        return dx, total, None if zero is None else dz
+    rows, dys = _as_rows(x, grid.axis), _as_rows(dy.contiguous(), grid.axis)
+    scales, zeros = _of_rows(scale, len(rows)), _of_rows(_whole(zero, grid), len(rows))
     if rows.shape[1] >= BLOCK:
+        dx = torch.empty_like(rows)
         shifts = [None] * len(rows) if zeros is None else zeros.flatten().tolist()
         sums = [
             _flat_gradients(gradient, row, out, own, shift, grid, learns)
             for gradient, row, out, own, shift in zip(dys, rows, dx, scales.flatten(), shifts, strict=True)
         ]
         of_channels = scale.new_tensor(sums).view(-1, len(scale), 2).sum(0)
-        return dx.view(x.shape), of_channels[:, 0], None if zero is None else -scale * of_channels[:, 1]
-    code = None
-    levels, outsides = [], []
+        return dx.view(x.shape), of_channels[:, 0], None if zero is None else of_channels[:, 1]
+    dx = dys if over else torch.empty_like(rows)
+    slopes, outsides = [], []
+    code = level = None
     for values, gradient, out, own, shift in _row_blocks(rows, dys, dx, scales, zeros):
-        code = _scratch(values, code)
-        _keep_where_coded(gradient, values, own, shift, grid, (grid.lowest, grid.highest), code, out)
-        if not learns:
-            continue
-        (code.round_() if grid.clips else code).clamp_(grid.lowest, grid.highest)
+        code, level = _scratch(values, code), _scratch(values, level)
+        torch.div(values, own, out=code)
+        if not grid.clips:
+            code.round_()
         if shift is not None:
-            code.sub_(shift)
-            outsides.append(gradient.sum(1) - out.sum(1))
-        inside = torch.linalg.vecdot(out, code) if grid.clips else torch.linalg.vecdot(out, values).div_(own.squeeze(1))
-        levels.append(torch.linalg.vecdot(gradient, code).sub_(inside))
+            code.add_(shift)
+        if not learns:
+            _keep_where_coded(gradient, code, grid, (grid.lowest, grid.highest), out)
+            continue
+        torch.clamp(code, grid.lowest, grid.highest, out=level)
+        if grid.clips:
+            level.round_()
+        if shift is not None:
+            level.sub_(shift)
+            outsides.append(gradient.sum(1))
+        slope = _row_dots(gradient, level, torch.empty_like(level) if grid.clips else level)
+        _keep_where_coded(gradient, code, grid, (grid.lowest, grid.highest), out)
+        inside = _row_dots(out, level if grid.clips else values, code)
+        steps = own.squeeze(1)
+        slopes.append(slope.sub_(inside).mul_(steps) if grid.clips else slope.mul_(steps).sub_(inside))
+        if shift is not None:
+            outsides[-1] -= out.sum(1)
     if not learns:
         return dx.view(x.shape), None, None
-    return dx.view(x.shape), _of_channels(levels, scale), None if zero is None else -scale * _of_channels(outsides, scale)
+    return dx.view(x.shape), _of_channels(slopes, scale), None if zero is None else -scale * _of_channels(outsides, scale)
+
+
+def _row_dots(one: Tensor, other: Tensor, products: Tensor) -> Tensor:
+    """The dot product of each row with the other's; `products` is memory for them, which may be the other's own."""
+    return torch.mul(one, other, out=products).sum(1)
 
 
 def _of_channels(blocks: list[Tensor], scale: Tensor) -> Tensor:
@@ -231,25 +264,26 @@ def _plain_gradients(
     inside = (x / scale > lowest) & (x / scale < highest) if clips else (code >= lowest) & (code <= highest)
     dx = torch.where(inside, dy, 0.0)
     level = torch.clamp(code, lowest, highest) - zero
-    ds = (dy * level - dx * (level if clips else x / scale)).sum((0, 2))
-    return dx, ds, ((dx - dy) * scale).sum((0, 2))
+    slope = ((dy * level - dx * (level if clips else x / scale)) * scale).sum((0, 2))
+    return dx, slope, ((dx - dy) * scale).sum((0, 2))
 
 
-def _in_three(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x as [before, channels, behind], with scale and zero point to match, so that one compiled form serves every shape."""
+def _in_three(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """x as [before, channels, behind], with scale and whole zero point to match, so that one compiled form serves every shape."""
+    axis, whole = grid.axis, _whole(zero, grid)
     around = (1, 1, -1) if axis is None else (x.shape[:axis].numel(), x.shape[axis], x.shape[axis + 1 :].numel())
     wide = scale.reshape(-1, 1)
-    return x.reshape(around), wide, torch.zeros_like(wide) if zero is None else zero.reshape(-1, 1)
+    return x.reshape(around), wide, torch.zeros_like(wide) if whole is None else whole.reshape(-1, 1)
 
 
 def _kernels_around(rounds: Callable[..., Tensor], gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Kernels:
     def forward(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-        return rounds(*_in_three(x, scale, zero, grid.axis), grid.lowest, grid.highest).view(x.shape)
+        return rounds(*_in_three(x, scale, zero, grid), grid.lowest, grid.highest).view(x.shape)
 
-    def backward(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, learns: bool) -> Gradients:
-        values, own, shift = _in_three(x, scale, zero, grid.axis)
-        dx, ds, dz = gradients(dy.reshape(values.shape), values, own, shift, grid.lowest, grid.highest, grid.clips)
-        return dx.view(x.shape), ds.view(scale.shape), None if zero is None else dz.view(scale.shape)
+    def backward(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, learns: bool, over: bool) -> Gradients:
+        values, own, shift = _in_three(x, scale, zero, grid)
+        dx, slope, dz = gradients(dy.reshape(values.shape), values, own, shift, grid.lowest, grid.highest, grid.clips)
+        return dx.view(x.shape), slope.view(scale.shape), None if zero is None else dz.view(scale.shape)
 
     return Kernels(forward, backward)
 
@@ -293,20 +327,6 @@ def from_logarithm(log_scale: Tensor) -> Tensor:
     return log_scale.exp() + SMALLEST_SCALE
 
 
-@contextmanager
-def _float32(device: str) -> Iterator[None]:
-    """Autocast is off within."""
-    if _autocast(device):
-        with torch.autocast(device, enabled=False):
-            yield
-    else:
-        yield
-
-
-def _autocast(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -318,36 +338,39 @@ class _FakeQuantize(torch.autograd.Function):
         grid: Grid,
         gradient_scale: float,
         logarithm: bool,
+        over: bool,
         kernels: Kernels,
     ) -> Tensor:
+        x = _dense(x, grid.axis)
         true = from_logarithm(scale) if logarithm else scale
         steps = true if factor is None else true / factor
-        whole = None if zero is None else zero.clamp(grid.lowest, grid.highest).round_()
-        ctx.save_for_backward(x, true, zero, whole, factor, steps)
-        ctx.options = grid, gradient_scale, logarithm, kernels
-        return kernels.forward(x, steps, whole, grid)
+        ctx.save_for_backward(x, true, zero, factor, steps)
+        ctx.options = grid, gradient_scale, logarithm, over, kernels
+        return kernels.forward(x, steps, zero, grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, scale, zero, whole, factor, steps = ctx.saved_tensors
-        grid, gradient_scale, logarithm, kernels = ctx.options
+        x, scale, zero, factor, steps = ctx.saved_tensors
+        grid, gradient_scale, logarithm, over, kernels = ctx.options
         learns = any(ctx.needs_input_grad[1:4])
-        with _float32(x.device.type):
-            dx, ds, dz = kernels.backward(dy, x, steps, whole, grid, learns)
-        none = None, None, None, None
-        if not learns or ds is None:
+        dx, slope, dz = kernels.backward(dy, x, steps, zero, grid, learns, over)
+        none = None, None, None, None, None
+        if not learns or slope is None:
             return dx, None, None, None, *none
-        dfactor = None
-        if factor is not None:
-            ds = ds / factor
-            dfactor = -ds * steps
-        ds = ds * (scale * gradient_scale) if logarithm else ds * gradient_scale
-        if dz is None:
-            return dx, ds, None, dfactor, *none
-        # a step goes against the gradient: at the lowest code none is taken down, at the highest none up
-        outwards = torch.where(dz > 0, zero <= grid.lowest, (zero >= grid.highest) & (dz < 0))
-        return dx, ds, (dz * gradient_scale).masked_fill_(outwards, 0), dfactor, *none
+        dfactor = -slope / factor if ctx.needs_input_grad[3] else None
+        ds = slope * gradient_scale if logarithm else slope * gradient_scale / scale
+        if isinstance(ds, float):
+            ds = scale.new_tensor(ds)
+        return dx, ds, None if dz is None else _inwards(dz * gradient_scale, zero, grid), dfactor, *none
+
+
+def _inwards(dz: Tensor | float, zero: Tensor, grid: Grid) -> Tensor:
+    """dz, and 0 where a step against it would leave the codes: at the lowest none is taken down, at the highest none up."""
+    if isinstance(dz, float):
+        at = zero.item()
+        return zero.new_tensor(0.0 if (dz > 0 and at <= grid.lowest) or (dz < 0 and at >= grid.highest) else dz)
+    return dz.masked_fill(torch.where(dz > 0, zero <= grid.lowest, (zero >= grid.highest) & (dz < 0)), 0)
 
 
 def fake_quantize(
@@ -360,18 +383,23 @@ def fake_quantize(
     *,
     factor: Tensor | None = None,
     logarithm: bool = False,
+    over: bool = False,
 ) -> Tensor:
     """x rounded to the grid. `scale` and `zero` have no axes, or one a channel; their gradients are scaled by `gradient_scale`.
 
     `factor`, one a channel and never 0, stands for what x is multiplied with before, and divided by after it is rounded: a normalisation's
     folded into a weight. Nothing is multiplied, though: round(x k / s) s / k rounds x with the scale s / k. `logarithm`: of the scale its
-    logarithm is given. Half-precision values are rounded in float32. The result has x's type; where autocast is on it stays float32, as
-    that does elsewhere.
+    logarithm is given. `over`: the gradient of x may be written over that of the result, because one operation alone reads the result, and
+    gives its gradient to nobody else. Half-precision values are rounded in float32. The result has x's type; where autocast is on it stays
+    float32, as that does elsewhere.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if factor is not None and grid.axis is None:  # one scale, and yet a step for each channel
+        grid = replace(grid, axis=0)
+        scale, zero = scale.expand(len(factor)), None if zero is None else zero.expand(len(factor))
+    own = [each if each is None or each.dtype == wide.dtype else each.to(wide.dtype) for each in (scale, zero, factor)]
     chosen = kernels_for(wide, grid.axis) if kernels is None else kernels
-    own = [None if each is None else each.to(wide.dtype) for each in (scale, zero, factor)]
-    device = x.device.type
-    with _float32(device):
-        y: Tensor = _FakeQuantize.apply(wide, *own, grid, gradient_scale, logarithm, chosen)  # type: ignore[no-untyped-call]
-    return y if _autocast(device) else y.to(x.dtype)
+    y: Tensor = _FakeQuantize.apply(wide, *own, grid, gradient_scale, logarithm, over, chosen)  # type: ignore[no-untyped-call]
+    if wide is x or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
+        return y
+    return y.to(x.dtype)

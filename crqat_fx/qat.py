@@ -1,0 +1,410 @@
+"""Quantization-aware training: a prepared model learns its ranges and weights, phase by phase, and from a teacher where the phase says so.
+
+    run/prepared.pt         the averaged weights, norms estimated anew, beside the raw ones: a prepared model
+    run/quantizers.jsonl    every quantizer's scale, zero point, clipped and flipped codes, every `watch_every` steps
+
+The loss of a batch of B pictures is
+
+    B / (sum of scores) * (cls + box + dfl)  +  kd_weight * (pkd_factor * PKD + trkd_factor * TRKD)
+
+The task's loss grows with the batch, as published; the others do not. What the published weight of 6 is meant beside is not known, and
+decides the result: hence the factors, 1 for as it is written here, B for a loss that grows with the batch as well.
+
+A phase opens so: its stages' quantizers are switched on, and set on the student as it then is; parameters that begin to learn do so with
+fresh moments; the average starts again. Scales and zero points learn at a share of the rate, and nothing pulls them to zero.
+"""
+
+import bisect
+import copy
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from crqat_fx.assign import assign
+from crqat_fx.checkpoint import load_model
+from crqat_fx.curriculum import (
+    BACKBONE_FEATURES,
+    EMA,
+    NECK_FEATURES,
+    RELATIONS,
+    Method,
+    Norm,
+    Phase,
+    borders,
+    curriculum,
+    newly_quantized,
+    read_phases,
+)
+from crqat_fx.data.batch import Batch
+from crqat_fx.data.shapes import ShapesTask
+from crqat_fx.data.training import DataSettings, open_for
+from crqat_fx.distill import Relations, feature_loss, relation_loss
+from crqat_fx.distributed import ALONE, Processes, synchronise_norms
+from crqat_fx.ema import MovingAverage
+from crqat_fx.errors import UserError
+from crqat_fx.losses import Losses, detection_loss
+from crqat_fx.models.yolo_world import YoloWorld, anchor_points, decode_boxes, flatten_levels
+from crqat_fx.pipelines import prepare_passes
+from crqat_fx.progress import Progress
+from crqat_fx.quantize.calibrate import PICTURES, calibrate
+from crqat_fx.quantize.estimate_norms import estimate_norms
+from crqat_fx.quantize.fake_quant import FakeQuantize
+from crqat_fx.quantize.prepare import load_prepared
+from crqat_fx.quantize.prepared import Calibration, Prepared, border
+from crqat_fx.quantize.watch import watching
+from crqat_fx.trace import Example, trace
+from crqat_fx.train import (
+    BatchSource,
+    Course,
+    LoopSettings,
+    TrainingState,
+    TrainResult,
+    autocast,
+    parameter_groups,
+    pictures_of,
+    run,
+    workplace,
+)
+from passes.fx.fold_batchnorm import FoldBatchNorm
+
+logger = logging.getLogger(__name__)
+
+PREPARED = "prepared.pt"
+RAMP = 0.2  # of an average's horizon: the published average's, 2,000 of 10,000 steps
+
+
+@dataclass(frozen=True)
+class QatSettings(LoopSettings, DataSettings):
+    """Settings of a run. The defaults are the published ones where those are known."""
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*LoopSettings.MAY_CHANGE, "workers", "watch_every", "teacher")
+
+    steps: int = 10_000
+    rate: float = 2e-4  # not published
+    schedule: Literal["linear", "constant"] = "constant"
+    warmup: int | None = 0
+    method: Method = "cr-qat"
+    teacher: str | None = None  # the full-precision checkpoint; methods that teach need one
+    kd_weight: float = 6.0
+    pkd_factor: float = 1.0
+    trkd_factor: float = 16.0  # the batch: a mean error of cosines is nothing beside a loss that grows with it
+    relations: Relations | Literal["none"] = "full"  # which of them TRKD compares
+    neck_features: bool = False  # three stages: the neck is taught by its features
+    shares: tuple[float, ...] | None = None  # of the steps, one a phase; None takes the published
+    norm: Norm = "train"
+    recalibrate: bool = True
+    ema: float = EMA
+    phases: tuple[Any, ...] | None = None  # mappings of a phase's fields, in place of the method's
+    quantizer_rate: float = 0.1  # share of the rate, of scales and zero points
+    observer: str = "omse"
+    calibration: int = PICTURES  # pictures of the training that ranges are set on
+    reestimate: int = 20  # batches that the average's norms are estimated on
+    watch_every: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_data()
+        for name in ("kd_weight", "pkd_factor", "trkd_factor", "quantizer_rate", "reestimate"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
+        for name in ("calibration", "watch_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number above 0")
+        for share in self.shares or ():
+            if not isinstance(share, int | float) or isinstance(share, bool):
+                raise UserError(f"shares holds {share!r}", remedy="give numbers that are 1 together")
+
+    def plan(self, stages: tuple[str, ...]) -> tuple[Phase, ...]:
+        """The phases for a model of these stages."""
+        if self.phases is not None:
+            return read_phases(self.phases)
+        found = curriculum(
+            self.method,
+            stages,
+            neck_features=self.neck_features,
+            norm=self.norm,
+            recalibrate=self.recalibrate,
+            ema=self.ema,
+            shares=self.shares,
+        )
+        if self.relations != "none":
+            return found
+        return tuple(replace(phase, losses=tuple(name for name in phase.losses if name != RELATIONS)) for phase in found)
+
+
+def train_file(
+    path: str | Path,
+    settings: QatSettings,
+    out: Path,
+    *,
+    origins: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """`train_prepared` of a prepared model's file, with the data and the teacher that the settings name."""
+    prepared = load_prepared(path)
+    if prepared.config is None:
+        raise _no_yolo_world(path)
+    # the drawn task is the one that `evaluate` draws, whatever the order of its pictures
+    batches, task = settings.steps * settings.accumulate, ShapesTask.seed
+    source, _ = open_for(settings, batches, settings.batch, prepared.config.widen, task)
+    if source.text_width != prepared.config.text_width:
+        what = f"its texts are {source.text_width} wide, the model's {prepared.config.text_width}"
+        raise UserError(what, where=settings.data, remedy="embed them with the model's own text encoder")
+    teacher = None if settings.teacher is None else load_model(settings.teacher)[0]
+    return train_prepared(prepared, source, settings, out, teacher=teacher, origins=origins, progress=progress, resume=resume)
+
+
+def train_prepared(
+    prepared: Prepared,
+    source: BatchSource,
+    settings: QatSettings,
+    out: Path,
+    *,
+    teacher: YoloWorld | None = None,
+    origins: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains a prepared YOLO-World in place from wherever `out` stands to `settings.steps`, and leaves `out/prepared.pt`.
+
+    `teacher` is changed, and is not to be used again; methods that do not teach leave it unread. An interrupt (Ctrl-C) ends the step under
+    way, saves and returns.
+    """
+    with workplace(settings, out, resume) as (device, processes):
+        course = QatCourse(prepared, settings, source, device, processes, teacher)
+        return run(course, source, out, device, processes, origins=origins, progress=progress, resume=resume)
+
+
+class QatCourse(Course):
+    """A prepared model's training, phase by phase."""
+
+    settings: QatSettings
+    model: GraphModule
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        settings: QatSettings,
+        source: BatchSource,
+        device: torch.device,
+        processes: Processes = ALONE,
+        teacher: YoloWorld | None = None,
+    ) -> None:
+        if prepared.config is None:
+            raise _no_yolo_world("the prepared model")
+        self.prepared = prepared
+        self.settings = settings
+        self.source = source
+        self.device = device
+        self.processes = processes
+        self.phases = settings.plan(tuple(stage.name for stage in prepared.stages))
+        self.opens = borders(self.phases, settings.steps)
+        self.borders = self.opens[1:]
+        self.index: int | None = None  # of the phase that is open
+        self.model = prepared.graph.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.train()
+        self.forward = self.model
+        for phase in self.phases:
+            prepared.set_phase(phase)  # refuses stages that there are not
+        self.teacher: GraphModule | None = None
+        self.identities = {"prepared model": prepared.digest()}
+        if any(phase.taught for phase in self.phases):
+            self.teacher = teacher_graph(_fitting(teacher, prepared, settings.method), prepared.parts).to(device)
+            self.identities["teacher"] = _digest(self.teacher)
+        self.teaches: GraphModule | None = None  # the part of the teacher that the phase needs
+        if not prepared.calibrated:
+            calibrate(prepared, self._examples(0), settings.observer, settings.calibration)
+        synchronise_norms(self.model, processes)
+        processes.share(self.model)
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        return self.identities
+
+    def groups(self) -> list[dict[str, Any]]:
+        """All parameters, also those that do not learn yet."""
+        everything = tuple(stage.name for stage in self.prepared.stages)
+        self.prepared.set_phase(Phase(everything, everything))
+        ranges = {parameter for each in self.model.modules() if isinstance(each, FakeQuantize) for parameter in each.parameters()}
+        groups = parameter_groups(self.model, self.settings)
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in ranges]
+        learned = [parameter for parameter in self.model.parameters() if parameter in ranges]
+        return [*groups, {"params": learned, "weight_decay": 0.0, "scale": self.settings.quantizer_rate}]
+
+    def average(self, step: int) -> MovingAverage:
+        index = self._phase_of(step)
+        length = self.opens[index + 1] - self.opens[index]
+        horizon = max(self.phases[index].ema * length, 1.0)
+        return MovingAverage(self.model, 1 / horizon, RAMP * horizon)
+
+    # --- phases ---
+
+    def _phase_of(self, step: int) -> int:
+        """The phase that the step before belongs to."""
+        return max(bisect.bisect_left(self.opens, step) - 1, 0)
+
+    def carried(self) -> dict[str, Any]:
+        return {"calibrations": {name: dict(vars(each)) for name, each in self.prepared.calibrations.items()}}
+
+    def enter(self, step: int, carried: Mapping[str, Any]) -> None:
+        self.prepared.calibrations = {name: Calibration(**each) for name, each in carried["calibrations"].items()}
+        self._set(self._phase_of(step))
+
+    def open(self, state: TrainingState) -> None:
+        index = bisect.bisect_right(self.opens, state.step) - 1
+        if index == self.index:
+            return
+        learning = {parameter for parameter in self.model.parameters() if parameter.requires_grad} if self.index is not None else set()
+        self.prepared.set_phase(self.phases[index])
+        stages = newly_quantized(self.phases, index) if index else ()
+        if stages and self.phases[index].recalibrate:
+            with autocast(self.settings, self.device):
+                calibrate(self.prepared, self._examples(state.step), self.settings.observer, self.settings.calibration, stages=stages)
+            self.processes.share(self.model)
+        self._set(index)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter not in learning:
+                state.optimizer.state.pop(parameter, None)
+        state.average = self.average(state.step + 1)
+        phase = self.phases[index]
+        logger.info("step %d: %s quantized, %s", state.step, ", ".join(phase.quantized) or "nothing", " + ".join(phase.losses))
+
+    def _set(self, index: int) -> None:
+        phase = self.phases[index]
+        self.prepared.set_phase(phase)
+        first, *rest = (stage.name for stage in self.prepared.stages)
+        compared = [first] if BACKBONE_FEATURES in phase.losses else []
+        compared += rest[:1] if NECK_FEATURES in phase.losses else []
+        off = [each for each in self.prepared.quantizers().values() if not each.enabled]
+        unused = any(parameter.requires_grad for each in off for parameter in each.parameters())
+        self.forward = self.processes.parallel(tapped(self.model, compared), self.device, unused)
+        if self.teacher is not None:
+            self.teaches = tapped(self.teacher, compared, whole=RELATIONS in phase.losses) if phase.taught else None
+        self.index = index
+
+    def _examples(self, step: int, part: tuple[int, int] = (0, 1)) -> Iterator[Example]:
+        """Inputs of the student from a step on. Ranges are set on whole batches, the same in every process."""
+        for batch in self.source.batches(step * self.settings.accumulate, part):
+            moved = batch.to(self.device)
+            yield pictures_of(moved), moved.text
+
+    # --- a step ---
+
+    def losses(self, batch: Batch, parts: int) -> Losses:
+        images = pictures_of(batch)
+        (logits, bins, regions), features = self.forward(images, batch.text)
+        losses, _ = detection_loss(logits, bins, batch.truth, self.processes)
+        assert self.index is not None
+        phase = self.phases[self.index]
+        if self.teaches is None:
+            return losses
+        with torch.no_grad():
+            outputs, taught = self.teaches(images, batch.text)
+        weight = self.settings.kd_weight / parts
+        others: dict[str, Tensor] = {}
+        taps = iter(zip(features, taught, strict=True))
+        for name in (BACKBONE_FEATURES, NECK_FEATURES):
+            if name in phase.losses:
+                others[name] = weight * self.settings.pkd_factor * feature_loss(*next(taps), self.processes)
+        if RELATIONS in phase.losses:
+            assert self.settings.relations != "none"
+            levels, boxes, of_teacher = outputs
+            points, _ = anchor_points(levels)
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                given = assign(flatten_levels(levels).float().sigmoid(), decode_boxes(boxes), points, batch.truth)
+            found = relation_loss(regions, of_teacher, batch.text, given, self.settings.relations, self.processes)
+            others[RELATIONS] = weight * self.settings.trkd_factor * found
+        return replace(losses, others=others)
+
+    def watched(self, step: int) -> AbstractContextManager[dict[str, float]]:
+        return watching(self.prepared) if step % self.settings.watch_every == 0 and self.processes.first else super().watched(step)
+
+    # --- what comes out ---
+
+    def result(self, out: Path) -> Path:
+        return out / PREPARED
+
+    def write(self, out: Path, state: TrainingState) -> None:
+        """The average's norms are estimated in the model itself, which gets its own weights back."""
+        raw = {name: value.clone() for name, value in self.model.state_dict().items()}
+        _fill(self.model, state.average.state())
+        if self.settings.reestimate and state.step:
+            with autocast(self.settings, self.device):
+                estimate_norms(self.model, itertools.islice(self._examples(state.step, self.processes.part), self.settings.reestimate))
+        average = {name: value.clone() for name, value in self.model.state_dict().items()}
+        _fill(self.model, raw)
+        if self.processes.first:
+            self.prepared.save(self.result(out), average)
+
+
+# --- graphs ---
+
+
+def tapped(graph: GraphModule, stages: list[str], *, whole: bool = True) -> GraphModule:
+    """The graph with one more output: for each of the stages, what later ones read of it. Modules are shared. Without `whole` nothing else
+    is computed, and the first output is empty."""
+    copied = Graph()
+    nodes: dict[Node, Node] = {}
+    outputs = copied.graph_copy(graph.graph, nodes)
+    taps = tuple(tuple(nodes[node] for node in border(graph, stage)) for stage in stages)
+    copied.output((outputs if whole else (), taps))
+    made = GraphModule(graph, copied)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    return made
+
+
+def teacher_graph(teacher: YoloWorld, parts: Literal[1, 2, 3]) -> GraphModule:
+    """The teacher as it runs fastest: marked, in evaluation, norms folded, nothing to learn."""
+    graph = copy.deepcopy(trace(teacher.eval()))
+    prepare_passes(parts)(graph)
+    FoldBatchNorm()(graph)
+    frozen: GraphModule = graph.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return frozen
+
+
+def _no_yolo_world(where: object) -> UserError:
+    return UserError("is no YOLO-World", where=where, remedy="train a module of your own in a loop of your own")
+
+
+def _fitting(teacher: YoloWorld | None, prepared: Prepared, method: str) -> YoloWorld:
+    """The teacher, or why it cannot teach this model."""
+    remedy = "give the full-precision checkpoint that the model was prepared from"
+    if teacher is None:
+        raise UserError(f"{method} needs a teacher", where="--teacher", remedy=f"{remedy}, or --method qat")
+    assert prepared.config is not None
+    ours, theirs = prepared.config, teacher.config
+    for what, wanted, given in (
+        ("channels", ours.channels[2:], theirs.channels[2:]),
+        ("text width", ours.text_width, theirs.text_width),
+    ):
+        if wanted != given:
+            raise UserError(f"the teacher's {what} are {given}, the student's {wanted}", where="--teacher", remedy=remedy)
+    return teacher
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Writes a state into the tensors that are there."""
+    for name, value in model.state_dict().items():
+        value.copy_(state[name])
+
+
+def _digest(graph: nn.Module) -> str:
+    """The same for the same weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in graph.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
