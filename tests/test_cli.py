@@ -17,7 +17,10 @@ from crqat_fx.data.shapes import ShapesTask
 from crqat_fx.models.yolo_world import build
 from crqat_fx.vocabulary import Vocabulary
 
-COMMANDS = ("detect", "embed", "inspect", "shapes", "evaluate", "passes", "cost", "prepare", "pretrain", "demo")
+COMMANDS = (
+    *("detect", "embed", "inspect", "shapes", "evaluate", "passes", "cost", "prepare", "sensitivity", "train", "export", "verify", "bench"),
+    *("pretrain", "demo"),
+)
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -83,9 +83,9 @@ def test_local_is_what_one_quantizer_does_to_what_it_is_given_weights_included(p
 def test_pictures_add_up_whatever_batches_they_come_in(prepared):
     together, apart = (measure_noise(prepared, list(picture_batches(prepared, pictures(3), size))) for size in (3, 1))
     assert together.pictures == apart.pictures == 3
-    for path, value in together.tensors.items():
-        if value < 100:  # the order in which floats are added turns a few codes, and is all there is beyond
-            assert apart.tensors[path] == pytest.approx(value, abs=0.5)
+    early = "backbone.image_model.stage1.0.conv"  # further on, the order in which floats are added turns codes
+    assert together.tensors[early] < 60
+    assert apart.tensors[early] == pytest.approx(together.tensors[early], abs=0.02)
 
 
 def test_what_a_phase_turns_off_adds_no_noise_and_stays_off(prepared):
