@@ -55,6 +55,14 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps  [defau
 Threads = Annotated[int | None, typer.Option(help="processor threads  [default: the runtime's choice]", show_default=False)]
 VocabularyFile = Annotated[Path | None, typer.Option(help="vocabulary .npz, in place of the model's own", show_default=False)]
 Raw = Annotated[bool, typer.Option("--raw", "--raw-weights", help="of a trained model the raw weights, not their average")]
+TrainTexts = Annotated[int | None, typer.Option(help="texts a picture  [default: 80]", show_default=False)]
+DrawnPictures = Annotated[int | None, typer.Option(help="pictures of the drawn task  [default: 8000]", show_default=False)]
+Accumulate = Annotated[int | None, typer.Option(help="batches a step  [default: 1]", show_default=False)]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: fp32]", show_default=False)]
+Workers = Annotated[int | None, typer.Option(help="processes that read a data.yaml's pictures  [default: 0, none]", show_default=False)]
+LogEvery = Annotated[int | None, typer.Option(help="steps between log lines  [default: 20]", show_default=False)]
+SaveEvery = Annotated[int | None, typer.Option(help="steps between saves  [default: 500]", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in --out")]
 PictureSize = Annotated[
     int | None, typer.Option(help="picture size, a multiple of 32  [default: the file's, else 640]", show_default=False)
 ]
@@ -752,22 +760,20 @@ def train(
         str | None, typer.Option(help="statistics of the norms that are trained: train or frozen  [default: train]", show_default=False)
     ] = None,
     size: Annotated[int | None, typer.Option(help="picture size  [default: the prepared model's]", show_default=False)] = None,
-    texts: Annotated[int | None, typer.Option(help="texts a picture  [default: 80]", show_default=False)] = None,
-    pictures: Annotated[int | None, typer.Option(help="pictures of the drawn task  [default: 8000]", show_default=False)] = None,
+    texts: TrainTexts = None,
+    pictures: DrawnPictures = None,
     steps: Annotated[int | None, typer.Option(help="steps in all  [default: 10000]", show_default=False)] = None,
     batch: Annotated[int | None, typer.Option(help="pictures a batch, over all processes  [default: 16]", show_default=False)] = None,
-    accumulate: Annotated[int | None, typer.Option(help="batches a step  [default: 1]", show_default=False)] = None,
+    accumulate: Accumulate = None,
     rate: Annotated[float | None, typer.Option(help="learning rate  [default: 0.0002]", show_default=False)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: fp32]", show_default=False)] = None,
+    precision: Precision = None,
     device: Device = None,
     threads: Threads = None,
-    workers: Annotated[
-        int | None, typer.Option(help="processes that read a data.yaml's pictures  [default: 0, none]", show_default=False)
-    ] = None,
+    workers: Workers = None,
     seed: Annotated[int | None, typer.Option(help="of the order of the data  [default: 0]", show_default=False)] = None,
-    log_every: Annotated[int | None, typer.Option(help="steps between log lines  [default: 20]", show_default=False)] = None,
-    save_every: Annotated[int | None, typer.Option(help="steps between saves  [default: 500]", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    log_every: LogEvery = None,
+    save_every: SaveEvery = None,
+    resume: Resume = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -1186,24 +1192,22 @@ def pretrain(
     version: Annotated[int | None, typer.Option(help="1 or 2  [default: 1]", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="a data.yaml; or shapes, the drawn task  [default: shapes]", show_default=False)] = None,
     size: Annotated[int | None, typer.Option(help="picture size, a multiple of 32  [default: 640]", show_default=False)] = None,
-    texts: Annotated[int | None, typer.Option(help="texts a picture  [default: 80]", show_default=False)] = None,
-    pictures: Annotated[int | None, typer.Option(help="pictures of the drawn task  [default: 8000]", show_default=False)] = None,
+    texts: TrainTexts = None,
+    pictures: DrawnPictures = None,
     steps: Annotated[int | None, typer.Option(help="steps in all  [default: 100000]", show_default=False)] = None,
     batch: Annotated[int | None, typer.Option(help="pictures a batch  [default: 16]", show_default=False)] = None,
-    accumulate: Annotated[int | None, typer.Option(help="batches a step  [default: 1]", show_default=False)] = None,
+    accumulate: Accumulate = None,
     rate: Annotated[float | None, typer.Option(help="learning rate  [default: 0.002]", show_default=False)] = None,
     warmup: Annotated[int | None, typer.Option(help="steps until the full rate  [default: 3% of the steps]", show_default=False)] = None,
     schedule: Annotated[str | None, typer.Option(help="linear or constant  [default: linear]", show_default=False)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16  [default: fp32]", show_default=False)] = None,
+    precision: Precision = None,
     device: Device = None,
     threads: Threads = None,
-    workers: Annotated[
-        int | None, typer.Option(help="processes that read a data.yaml's pictures  [default: 0, none]", show_default=False)
-    ] = None,
+    workers: Workers = None,
     seed: Annotated[int | None, typer.Option(help="of the weights and the order of the data  [default: 0]", show_default=False)] = None,
-    log_every: Annotated[int | None, typer.Option(help="steps between log lines  [default: 20]", show_default=False)] = None,
-    save_every: Annotated[int | None, typer.Option(help="steps between saves  [default: 500]", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    log_every: LogEvery = None,
+    save_every: SaveEvery = None,
+    resume: Resume = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
