@@ -1040,6 +1040,9 @@ class SensitivitySettings:
     def __post_init__(self) -> None:
         if self.size_mib is not None and self.bops_t is not None:
             raise UserError("a recipe is made for one budget", where="--size-mib, --bops-t", remedy="give one of them")
+        for name, budget in (("--size-mib", self.size_mib), ("--bops-t", self.bops_t)):
+            if budget is not None and not 0 < budget < float("inf"):
+                raise UserError(f"a budget of {budget}", where=name, remedy="give a number above 0")
         for name, least in (("pictures", 1), ("ap_pictures", 0), ("batch", 1), ("calibrated_on", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy=f"give a number from {least}")
@@ -1100,11 +1103,7 @@ def sensitivity(
     if limit is not None and place is None:
         raise UserError("a proposal is calibrated on pictures", where="--calibrate", remedy="name a folder of some like training's")
     prepared, dataset = _measurable(model, data, settings)
-    with console.progress("sensitivity") as progress:
-        found = measure(
-            prepared, dataset, pictures=settings.pictures, ap_pictures=settings.ap_pictures, batch=settings.batch, progress=progress
-        )  # fmt: skip
-    proposal = None
+    proposal = None  # first, since a budget that cannot be met is told before anything is measured
     if limit is not None and place is not None:
         calibration = place
         with console.progress("proposal") as progress:
@@ -1114,6 +1113,10 @@ def sensitivity(
                 calibrated_on=settings.calibrated_on, pictures=settings.pictures, ap_pictures=settings.ap_pictures, batch=settings.batch,
                 progress=progress,
             )  # fmt: skip
+    with console.progress("sensitivity") as progress:
+        found = measure(
+            prepared, dataset, pictures=settings.pictures, ap_pictures=settings.ap_pictures, batch=settings.batch, progress=progress
+        )  # fmt: skip
     report: dict[str, Any] = {"model": model, "data": data, **found.as_json()}
     if proposal is not None:
         proposal.recipe.save(out / "recipe.yaml")

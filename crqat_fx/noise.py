@@ -12,7 +12,7 @@ node by node, so that only what is still to be read is in memory. Quantizers tha
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,14 +144,6 @@ class _Pair:
 
     exact: Any
     rounded: Any
-
-
-@dataclass
-class _Side:
-    """Which half of every pair in some arguments."""
-
-    name: str
-    found: bool = field(default=False)
 
 
 class _SideBySide(Interpreter):

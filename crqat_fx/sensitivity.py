@@ -10,6 +10,7 @@ ruled by background. A block has the quantizers that `owners_of_quantizers` give
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -174,6 +175,11 @@ def noise_of_blocks(
             seen += len(inputs[0])
     if not seen:
         raise UserError("there was no picture to measure on", where="sensitivity", remedy="give a set with pictures that can be read")
+    for block, (logits, bins) in energies.items():
+        if not all(math.isfinite(each.signal + each.noise) for each in (logits, bins)):
+            raise UserError(
+                "gives values that are not finite where it is quantized", where=block, remedy="calibrate or train the model again"
+            )
     return {block: (logits.share + bins.share) / 2 for block, (logits, bins) in energies.items()}
 
 

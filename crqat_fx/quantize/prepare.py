@@ -149,10 +149,16 @@ def rebuilt(
             where=path,
             remedy=f"use crqat-fx {saved.version}, or {AGAIN}",
         )
+    if saved.config is not None and saved.vocabulary is not None:
+        saved.vocabulary.check_width(saved.config.text_width, path)
+    dtypes = {name: value.dtype for name, value in prepared.graph.state_dict().items()}
     try:
         prepared.graph.load_state_dict(saved.state if raw or saved.average is None else saved.average, assign=True)
     except RuntimeError as error:
         raise UserError(f"is damaged: its state does not fit ({str(error).splitlines()[-1].strip()})", where=path, remedy=AGAIN) from error
+    for name, value in prepared.graph.state_dict().items():
+        if value.dtype != dtypes[name] or (value.is_floating_point() and not bool(value.isfinite().all())):
+            raise UserError(f"is damaged: {name} is of another kind, or not finite", where=path, remedy=AGAIN)
     prepared.calibrations = saved.calibrations
     prepared.weights = "only" if saved.average is None else "raw" if raw else "average"
     prepared.set_phase(saved.phase)

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from crqat_fx import __version__
 from crqat_fx.checkpoint import write_archive
 from crqat_fx.curriculum import Phase
+from crqat_fx.detections import LARGEST, STEP
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import YoloWorldConfig
 from crqat_fx.quantize.conv_bn import ConvBn2d
@@ -266,9 +267,9 @@ def _checked(archive: Archive, content: dict[Any, Any]) -> Saved:
     state, phase, vocabulary, config = (content[key] for key in ("state", "phase", "vocabulary", "config"))
     average = content.get("average")
     size, parts = content["size"], content["parts"]
-    if type(size) is not int or size < 1 or parts not in (1, 2, 3):
+    if type(size) is not int or not 1 <= size <= LARGEST or parts not in (1, 2, 3):
         raise ValueError("of its size or stages")
-    if config is not None and not all(0 <= value <= (8 if isinstance(value, float) else 2**16) for value in config.values()):
+    if config is not None and (size % STEP or not _makes_a_model(config)):
         raise ValueError("of its configuration")
     names = {key: tuple(phase[key]) for key in ("quantized", "trained")}
     if not all(isinstance(name, str) for each in names.values() for name in each):
@@ -287,6 +288,17 @@ def _checked(archive: Archive, content: dict[Any, Any]) -> Saved:
         state=_state(archive, state),
         average=None if average is None else _state(archive, average),
         calibrations={str(name): _calibration(archive, **each) for name, each in content.get("calibrations", {}).items()},
+    )
+
+
+def _makes_a_model(config: dict[Any, Any]) -> bool:
+    """Whether every value is of its kind, and none so large or small that no model could be built of it."""
+    follows = {field.name for field in dataclasses.fields(YoloWorldConfig) if field.default == 0}  # from others, where it is 0
+    return all(
+        type(value) in (int, float) and 0 < value <= 8
+        if name in ("deepen", "widen")
+        else type(value) is int and (name not in follows) <= value <= 2**16
+        for name, value in config.items()
     )
 
 
