@@ -266,6 +266,14 @@ def _with(change):
     return doctor
 
 
+def _half(value):
+    return value.half() if value.is_floating_point() else value
+
+
+def _scale_of(state):
+    return next(value for name, value in state.items() if name.endswith("log_scale"))
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -284,6 +292,14 @@ def _with(change):
         (_with(lambda content: content.update(config={"version": 7})), "is damaged"),
         (_with(lambda content: content.update(config=[])), "is damaged"),
         (_with(lambda content: content.update(config={**content["config"], "widen": 1e9})), "is damaged"),
+        (_with(lambda content: content.update(config={**content["config"], "pool_heads": 0})), "is damaged: .*of its configuration"),
+        (_with(lambda content: content.update(config={**content["config"], "class_width": 7.5})), "is damaged: .*of its configuration"),
+        (_with(lambda content: content.update(config={**content["config"], "text_width": True})), "is damaged: .*of its configuration"),
+        (_with(lambda content: content.update(size=33)), "is damaged: .*of its configuration"),
+        (_with(lambda content: content.update(size=10**9)), "is damaged: .*of its size"),
+        (_with(lambda content: content.update(state={name: _half(each) for name, each in content["state"].items()})), "of another kind"),
+        (_with(lambda content: _scale_of(content["state"]).fill_(float("nan"))), "not finite"),
+        (_with(lambda content: content["vocabulary"].update(embeddings=torch.eye(3, 7))), "7"),
         (_with(lambda content: content["vocabulary"].update(names=["a"])), "1 names"),
         (_with(lambda content: content.update(recipe={"rules": []})), "holds no list of `rules`"),
         (_with(lambda content: content.update(target="tpu")), "is damaged: .*unknown target"),
