@@ -135,6 +135,15 @@ def test_what_cannot_be_measured_is_refused(dataset):
         noise_of_blocks(calibrated_pico(*RECIPES[0]), [])
 
 
+def test_values_that_are_not_finite_are_told_and_no_figure_is_made_of_them(dataset):
+    damaged = calibrated_pico(*RECIPES[0])
+    quantizer = next(each for each in damaged.quantizers().values() if each.log_scale is not None and not each.weight)
+    with torch.no_grad():
+        quantizer.log_scale.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        noise_of_blocks(damaged, picture_batches(damaged, pictures(1), 1))
+
+
 def test_the_plot_has_a_row_for_every_block(prepared, dataset, tmp_path):
     found = sensitivity(prepared, dataset, pictures=1)
     write_sensitivity(found, tmp_path / "s.svg")
