@@ -69,6 +69,7 @@ LAYERS: dict[str, set[str]] = {
     # 3: the one package that imports torch.ao
     "crqat_fx.quantize": {
         *TENSORS,
+        "crqat_fx.detections",
         "passes",
         "crqat_fx.models",
         "crqat_fx.recipe",
