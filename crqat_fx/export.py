@@ -21,7 +21,7 @@ from crqat_fx.errors import UserError
 from crqat_fx.file_ends import decode, suppress, take_bytes
 from crqat_fx.files import written
 from crqat_fx.lower import Lowered, lower, lower_float
-from crqat_fx.metadata import Input, Metadata, Outputs, Weights
+from crqat_fx.metadata import IMAGES, TEXT, Input, Metadata, Outputs, Weights
 from crqat_fx.models.yolo_world import STRIDES, YoloWorld
 from crqat_fx.pipelines import half_passes, onnx_passes
 from crqat_fx.progress import Progress
@@ -36,7 +36,6 @@ Form = Literal["straight", "tuned", "fp16"]
 Storage = Literal["int4", "int8"]
 Open = Literal["batch", "size"]
 
-IMAGES, TEXT = "images", "text"
 OUTPUTS = (*(f"logits_{stride}" for stride in STRIDES), *(f"bins_{stride}" for stride in STRIDES))
 FOUND = Selection(conf=0.25)  # of a file that suppresses by itself: what `detect` shows
 PACKED = 4  # bits of a code that two of fit into a byte

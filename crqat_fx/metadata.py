@@ -26,6 +26,7 @@ from crqat_fx.errors import UserError
 from crqat_fx.vocabulary import checked_names
 
 FORMAT = "1"
+IMAGES, TEXT = "images", "text"  # what a file's inputs are called
 PREFIX = "crqat_fx."
 
 Outputs = Literal["decoded", "raw", "nms"]

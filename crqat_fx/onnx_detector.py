@@ -18,12 +18,11 @@ from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from crqat_fx.detect import DetectSettings, open_vocabulary, split_names
 from crqat_fx.detections import Detections, Selection, check_picture, pick, postprocess, postprocess_decoded, postprocess_kept
 from crqat_fx.errors import UserError
-from crqat_fx.metadata import Metadata
+from crqat_fx.metadata import IMAGES, TEXT, Metadata
 from crqat_fx.onnx_session import EXPORT, FAILURES, open_session, reason_of
 from crqat_fx.pictures import PADDING, Placement, letterbox
 from crqat_fx.vocabulary import Vocabulary, rows_of
 
-IMAGES, TEXT = "images", "text"
 _BOX, _BINS, _ROW = 4, 64, 6  # numbers a box, bins a cell, numbers a detection
 _TYPES = {"float": "tensor(float)", "uint8": "tensor(uint8)"}
 

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from crqat_fx.errors import UserError
 from crqat_fx.lower import Lowered, lower
-from crqat_fx.metadata import Metadata
+from crqat_fx.metadata import IMAGES, TEXT, Metadata
 from crqat_fx.models.yolo_world import decode_boxes, flatten_levels
 from crqat_fx.onnx_cuts import LARGEST, SHIFTED, Codes, cut
-from crqat_fx.onnx_detector import IMAGES, TEXT, as_floats, read_onnx
+from crqat_fx.onnx_detector import as_floats, read_onnx
 from crqat_fx.pictures import letterbox
 from crqat_fx.progress import Progress
 from crqat_fx.quantize.prepared import Prepared
