@@ -135,6 +135,12 @@ def recipe_named(text: str) -> QuantRecipe:
     return QuantRecipe.load(text) if Path(text).suffix in (".yaml", ".yml") else preset(text)
 
 
+def name_of(recipe: QuantRecipe) -> str | None:
+    """What a preset is called; None for another recipe."""
+    named = (f"{base}{channels}{edges}" for base in PRESETS for channels in ("", "-ch") for edges in ("", "-int"))
+    return next((name for name in named if preset(name) == recipe), None)
+
+
 # --- targets ---
 
 

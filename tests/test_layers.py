@@ -20,6 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "crqat_fx.progress": set(),
     "crqat_fx.files": GROUND,
     "crqat_fx.settings": {*GROUND, "yaml"},
+    "crqat_fx.json_form": GROUND,
     # 1
     "passes.fx": {"passes.base", "passes.spec", "torch"},
     "passes.onnx": {"passes.base", "numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"},
@@ -145,6 +146,9 @@ APPLICATIONS = {
     "graph_page",
     "graph_view",
     "prepared_inspection",
+    "findings",
+    "study",
+    "report",
 }
 ENTRANCES = {"crqat_fx", "crqat_fx.__main__", "crqat_fx.cli"}
 FOR_EVERYTHING = {"crqat_fx", "passes", "torch", "numpy", "cv2", "rich", "matplotlib", "tensorboardX", "onnx", "onnx_ir"}

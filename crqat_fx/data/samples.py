@@ -31,3 +31,22 @@ class EvaluationSet(Protocol):
 
     def picture(self, index: int) -> np.ndarray:
         """uint8 RGB [H, W, 3] of `coco["images"][index]`."""
+
+
+class FirstPictures:
+    """The first pictures of a set, as a set."""
+
+    def __init__(self, whole: EvaluationSet, count: int) -> None:
+        self.whole = whole
+        images = whole.coco["images"][:count]
+        kept = {image["id"] for image in images}
+        annotations = [each for each in whole.coco["annotations"] if each["image_id"] in kept]
+        self.coco: dict[str, Any] = {**whole.coco, "images": images, "annotations": annotations}
+
+    def __len__(self) -> int:
+        return len(self.coco["images"])
+
+    def picture(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        return self.whole.picture(index)
