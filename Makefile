@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/crqat-fx demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
