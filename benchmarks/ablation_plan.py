@@ -1,0 +1,214 @@
+"""What the ablation runs, and by which rule its settings are chosen: the protocol as data (benchmarks/results/protocol.md says why).
+
+A cell is one model, quantized one way, with one seed: it is prepared, calibrated, trained or not, and measured. Cells that a later table
+needs again are the same cells. Tuning comes first, on seeds of its own; what follows takes the settings that it chose, by a rule that is
+fixed here. Hence the plan grows: `plan` gives the cells that can be known from the results there are, in the order of their worth.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+Value = str | int | float | bool | None | tuple[float, ...]
+Settings = Mapping[str, Value]
+
+MODEL = "pico-v1"
+SEEDS = (1, 2, 3, 4, 5)
+HEADLINE = "2-2-8"  # the widest at which PTQ falls under a tenth of full precision, and QAT ends under 60% of it
+WIDTHS = ("4-4-8", "3-3-8", HEADLINE)
+PUBLISHED = "conv-inputs"  # the target that the paper trains and counts
+INTEGERS = "ort"
+
+# of every cell; a training takes all of them but those in MEASURED
+PROTOCOL: Settings = {
+    "steps": 200,
+    "batch": 16,
+    "pictures": 8000,
+    "texts": 40,
+    "calibration": 256,
+    "observer": "omse",
+    "rate": 5e-4,
+    "schedule": "constant",
+    "warmup": 0,
+    "weight_decay": 0.025,
+    "clip": 10.0,
+    "quantizer_rate": 0.1,
+    "norm": "frozen",
+    "reestimate": 0,  # frozen statistics are not estimated anew
+    "ema": 0.1,
+    "recalibrate": True,
+    "kd_weight": 6.0,
+    "pkd_factor": 1.0,
+    "trkd_factor": 16.0,
+    "evaluated": 250,
+    "compared": 128,
+}
+MEASURED = ("evaluated", "compared")
+QUICK: Settings = {"steps": 3, "batch": 2, "pictures": 8, "calibration": 4, "evaluated": 4, "compared": 2}
+
+FULL_PRECISION = "fp32"
+PTQ = {f"ptq-{observer}": observer for observer in ("minmax", "percentile", "omse")}
+# a training by its name: what it changes of the protocol. `stages` is of the preparation
+METHODS: Mapping[str, Settings] = {name: {"method": name} for name in ("qat", "cqat", "kd", "cr-qat")}
+TRKD: Mapping[str, Settings] = {
+    "no-trkd": {"method": "cr-qat", "relations": "none"},
+    "region-text": {"method": "cr-qat", "relations": "region-text"},
+    "region-region": {"method": "cr-qat", "relations": "region-region"},
+}
+THREE: Mapping[str, Settings] = {
+    "cqat-3": {"method": "cqat", "stages": 3},
+    "cr-qat-3": {"method": "cr-qat", "stages": 3},
+    "cr-qat-3-neck": {"method": "cr-qat", "stages": 3, "neck_features": True},
+}
+# why does the order show, or not? A second stage as long as all of QAT; the others as long as that; ranges kept; norms that move
+WHY: Mapping[str, Settings] = {
+    "cqat-300": {"method": "cqat", "steps": 300},
+    "qat-300": {"method": "qat", "steps": 300},
+    "cr-qat-300": {"method": "cr-qat", "steps": 300},
+    "cqat-kept-ranges": {"method": "cqat", "recalibrate": False},
+    "qat-norms": {"method": "qat", "norm": "train", "reestimate": 20},
+    "cr-qat-norms": {"method": "cr-qat", "norm": "train", "reestimate": 20},
+}
+PAST: Mapping[str, Settings] = {
+    "qat-decay": {"method": "qat", "schedule": "linear"},
+    "kd-decay": {"method": "kd", "schedule": "linear"},
+    "cr-qat-decay": {"method": "cr-qat", "schedule": "linear"},
+    "cr-qat-short": {"method": "cr-qat", "shares": (0.1, 0.9)},
+    "cr-qat-short-decay": {"method": "cr-qat", "shares": (0.1, 0.9), "schedule": "linear"},
+}
+TRAININGS: Mapping[str, Settings] = {**METHODS, **TRKD, **THREE, **WHY, **PAST}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`settings`: all that decides the result, beside recipe, target and seed."""
+
+    name: str
+    recipe: str
+    target: str
+    variant: str
+    seed: int
+    settings: Settings
+
+    @property
+    def trained(self) -> bool:
+        return "method" in self.settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell gave. AP is in percent; `distortion` is by kind, then space."""
+
+    cell: Cell
+    ap: Mapping[str, float | None]
+    distortion: Mapping[str, Mapping[str, float | None]]
+    log: Mapping[str, tuple[float | None, ...]]  # of the training, by step
+    seconds: Mapping[str, float]  # of the processor
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One choice: the candidate with the highest mean AP over seeds that nothing else uses. Equal ones: the first."""
+
+    method: str
+    seeds: tuple[int, ...]
+    candidates: tuple[Settings, ...]
+
+
+TUNING = (
+    Tuning("qat", (101, 102), ({"rate": 2e-4}, {"rate": 5e-4}, {"rate": 1e-3})),
+    Tuning("qat", (101, 102), ({"ema": 0.1}, {"ema": 0.3})),
+    Tuning("cr-qat", (201, 202), ({"trkd_factor": 1.0}, {"trkd_factor": 16.0})),
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some variants of one recipe, seed by seed: all of one seed before the next, so that a stop leaves whole pairs."""
+
+    recipe: str
+    variants: tuple[str, ...]
+    target: str = PUBLISHED
+    seeds: tuple[int, ...] = field(default=SEEDS)
+
+
+UNTRAINED = (
+    Block(FULL_PRECISION, (FULL_PRECISION,), seeds=SEEDS[:1]),
+    *(Block(recipe, tuple(PTQ), seeds=SEEDS[:1]) for recipe in WIDTHS),
+)
+TRAINED = (
+    Block(HEADLINE, tuple(METHODS)),
+    Block(HEADLINE, tuple(TRKD)),
+    Block(HEADLINE, tuple(THREE)),
+    *(Block(recipe, tuple(PTQ), seeds=SEEDS[1:]) for recipe in WIDTHS),
+    Block("3-3-8", tuple(METHODS)),
+    Block("4-4-8", tuple(METHODS)),
+    Block(HEADLINE, tuple(WHY)),
+    Block(HEADLINE, tuple(PAST)),
+    Block("4-8-8", ("ptq-omse", "qat", "cr-qat")),
+    Block("4-8-8-int", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
+    Block("4-4-8", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
+    Block(f"{HEADLINE}-ch", ("ptq-omse", "qat", "cr-qat")),
+    Block("3-3-8-ch", ("ptq-omse", "qat", "cr-qat")),
+)
+
+
+def plan(results: Mapping[str, Result], protocol: Settings = PROTOCOL) -> list[Cell]:
+    """The cells that can be known, in the order in which they are to be run."""
+    cells = [cell for block in UNTRAINED for cell in _of_block(block, protocol)]
+    settings = protocol
+    for tuning in TUNING:
+        cells += [tuning_cell(tuning, settings, candidate, seed) for seed in tuning.seeds for candidate in tuning.candidates]
+        chosen = choose(tuning, settings, results)
+        if chosen is None:
+            break
+        settings = chosen
+    else:
+        cells += [cell for block in TRAINED for cell in _of_block(block, settings)]
+    return list({cell.name: cell for cell in cells}.values())
+
+
+def choose(tuning: Tuning, settings: Settings, results: Mapping[str, Result]) -> Settings | None:
+    """The settings with the best candidate in them; None until all are measured."""
+    means = []
+    for candidate in tuning.candidates:
+        names = [tuning_cell(tuning, settings, candidate, seed).name for seed in tuning.seeds]
+        if any(name not in results for name in names):
+            return None
+        means.append(statistics.fmean(results[name].ap["all"] or 0.0 for name in names))
+    return {**settings, **tuning.candidates[means.index(max(means))]}
+
+
+def quick_cells() -> list[Cell]:
+    """One tiny cell of each kind."""
+    protocol = {**PROTOCOL, **QUICK}
+    kinds = ((FULL_PRECISION, FULL_PRECISION), (HEADLINE, "ptq-omse"), (HEADLINE, "qat"), (HEADLINE, "cr-qat-3-neck"))
+    return [cell_of(recipe, PUBLISHED, variant, SEEDS[0], protocol) for recipe, variant in kinds]
+
+
+def cell_of(recipe: str, target: str, variant: str, seed: int, protocol: Settings) -> Cell:
+    """A cell by what it is called."""
+    measured = {name: protocol[name] for name in MEASURED}
+    if variant == FULL_PRECISION:
+        settings: Settings = measured
+    elif variant in PTQ:
+        settings = {**measured, "calibration": protocol["calibration"], "observer": PTQ[variant]}
+    else:
+        settings = {**protocol, **TRAININGS[variant]}
+    return Cell(f"{recipe}/{target}/{variant}.{seed}", recipe, target, variant, seed, settings)
+
+
+def _of_block(block: Block, protocol: Settings) -> Iterator[Cell]:
+    for seed in block.seeds:
+        for variant in block.variants:
+            yield cell_of(block.recipe, block.target, variant, seed, protocol)
+
+
+def tuning_cell(tuning: Tuning, settings: Settings, candidate: Settings, seed: int) -> Cell:
+    """Named by all that tuning moves, so that a candidate which is the choice so far is the cell that there is."""
+    moved = {**settings, **candidate}
+    kind = [each for each in TUNING if each.method == tuning.method]
+    names = sorted({name for each in kind for one in each.candidates for name in one})
+    shown = ",".join([tuning.method, *(f"{name}={moved[name]:g}" for name in names)])
+    return Cell(f"tuning/{shown}.{seed}", HEADLINE, PUBLISHED, tuning.method, seed, {**moved, **METHODS[tuning.method]})

@@ -1,0 +1,220 @@
+"""The ablation's results as Markdown tables: means with their standard errors, and differences between runs of the same seed.
+
+A difference is marked * where it exceeds twice its standard error. Of a single seed there is no error, and none is shown.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ablation_plan import (
+    FULL_PRECISION,
+    HEADLINE,
+    INTEGERS,
+    METHODS,
+    PAST,
+    PROTOCOL,
+    PTQ,
+    PUBLISHED,
+    THREE,
+    TRKD,
+    TUNING,
+    WHY,
+    WIDTHS,
+    Result,
+    Settings,
+    choose,
+    tuning_cell,
+)
+
+GROUPS = {"all": "all", "base": "base", "novel": "novel", "r": "rare", "c": "common", "f": "frequent"}
+RELATIONS = {"region_text": "region-text", "region_region": "region-region"}
+SPACES = ("embedding", "confidence")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of some values; `error` is the standard error of the mean, None of a single value."""
+
+    mean: float
+    error: float | None
+    count: int
+
+    @property
+    def significant(self) -> bool:
+        return self.error is not None and abs(self.mean) > 2 * self.error
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Mean(statistics.fmean(values), error, len(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one variant, by seed."""
+
+    recipe: str
+    target: str
+    variant: str
+    runs: Mapping[int, Result]
+
+    @property
+    def minutes(self) -> float:
+        return statistics.fmean(sum(run.seconds.values()) for run in self.runs.values()) / 60
+
+    def mean(self, value: "Measure") -> Mean | None:
+        found = [number for number in map(value, self.runs.values()) if number is not None]
+        return mean_of(found) if found else None
+
+    def difference(self, reference: "Row", value: "Measure") -> Mean | None:
+        """This less the reference, over the seeds that both have."""
+        pairs = [(value(self.runs[seed]), value(reference.runs[seed])) for seed in sorted(self.runs.keys() & reference.runs.keys())]
+        found = [own - other for own, other in pairs if own is not None and other is not None]
+        return mean_of(found) if found else None
+
+
+Measure = Callable[[Result], float | None]
+
+
+def ap(group: str) -> Measure:
+    return lambda result: result.ap.get(group)
+
+
+def drift(kind: str, space: str) -> Measure:
+    return lambda result: result.distortion[kind][space]
+
+
+def rows(results: Mapping[str, Result], recipe: str, variants: Sequence[str], target: str = PUBLISHED) -> list[Row]:
+    """Those of the variants that were run, at least once."""
+    found = []
+    for variant in variants:
+        runs = {
+            result.cell.seed: result
+            for result in results.values()
+            if (result.cell.recipe, result.cell.target, result.cell.variant) == (recipe, target, variant)
+            and not result.cell.name.startswith("tuning/")
+        }
+        if runs:
+            found.append(Row(recipe, target, variant, runs))
+    return found
+
+
+# --- Markdown ---
+
+
+def tables(results: Mapping[str, Result]) -> str:
+    """All of them, those of which there is something to show."""
+    return "\n".join(["# Ablation", "", *_facts(results), "", *_sections(results)]).rstrip() + "\n"
+
+
+def _facts(results: Mapping[str, Result]) -> Iterator[str]:
+    commits = sorted({result.versions["commit"] for result in results.values()})
+    hours = sum(sum(result.seconds.values()) for result in results.values()) / 3600
+    yield "Written by `python benchmarks/ablation.py --render` from the cells in `ablation/`; the protocol, fixed before, is `protocol.md`."
+    yield f"{len(results)} cells, {hours:.1f} hours of one core, code of commit {', '.join(commits) or '(none)'}."
+    yield ""
+    yield "AP in percent on the first pictures of the drawn task's `val`; drift is the mean absolute error of cosines (embedding space) and"
+    yield "of scores' relations (confidence space) against full precision. Mean ± standard error over n seeds; a difference is between runs"
+    yield "of one seed, and marked * where it exceeds twice its standard error."
+
+
+def _sections(results: Mapping[str, Result]) -> Iterator[str]:
+    yield from _tuning(results)
+    yield from _headline(results)
+    full = rows(results, FULL_PRECISION, [FULL_PRECISION])
+    for recipe in WIDTHS:
+        found = [*full, *rows(results, recipe, [*PTQ, *METHODS])]
+        yield from _section(f"Methods at {recipe}", found, "qat")
+    found = rows(results, HEADLINE, ["qat", *TRKD, "cr-qat"])
+    yield from _section(f"What TRKD compares, {HEADLINE}", found, "no-trkd")
+    yield from _section(f"Two stages and three, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *THREE]), "qat")
+    yield from _section(f"Why, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *WHY]), "qat")
+    yield from _section(f"Past the paper, {HEADLINE}", rows(results, HEADLINE, ["qat", "cr-qat", *PAST]), "cr-qat")
+    for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
+        yield from _section(f"Activations a scale per channel, {recipe}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"]), "qat")
+    for recipe, target in (("4-8-8", PUBLISHED), ("4-8-8-int", INTEGERS), ("4-4-8", INTEGERS)):
+        yield from _section(f"{recipe}, {target}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"], target), "qat")
+
+
+def _tuning(results: Mapping[str, Result]) -> Iterator[str]:
+    settings: Settings | None = PROTOCOL
+    lines = []
+    for tuning in TUNING:
+        assert settings is not None
+        chosen = choose(tuning, settings, results)
+        for candidate in tuning.candidates:
+            names = [tuning_cell(tuning, settings, candidate, seed).name for seed in tuning.seeds]
+            values = [results[name].ap["all"] or 0.0 for name in names if name in results]
+            if not values:
+                continue
+            told = ", ".join(f"{name} {value}" for name, value in candidate.items())
+            mark = "chosen" if chosen is not None and chosen == {**settings, **candidate} else ""
+            lines.append(f"| {tuning.method} | {told} | {', '.join(f'{value:.1f}' for value in values)} | {mark} |")
+        settings = chosen
+        if settings is None:
+            break
+    if lines:
+        yield from (f"## Tuning, {HEADLINE}", "", "| method | candidate | AP, by seed | |", "|---|---|---|---|", *lines, "")
+
+
+def _headline(results: Mapping[str, Result]) -> Iterator[str]:
+    """Whether each width is one at which the question is asked: PTQ under a tenth of full precision, QAT under 60% of it."""
+    full = rows(results, FULL_PRECISION, [FULL_PRECISION])
+    lines = []
+    for recipe in WIDTHS if full else ():
+        shares = []
+        for variants in (list(PTQ), ["qat"]):
+            means = [found.mean for row in rows(results, recipe, variants) if (found := row.mean(ap("all"))) is not None]
+            whole = full[0].mean(ap("all"))
+            assert whole is not None
+            shares.append(f"{max(means) / whole.mean:.0%}" if means else "")
+        lines.append(f"| {recipe} | {' | '.join(shares)} |")
+    if lines:
+        yield from ("## AP as a share of full precision", "", "| recipe | best PTQ | QAT |", "|---|---|---|", *lines, "")
+
+
+def _section(title: str, found: list[Row], reference: str) -> Iterator[str]:
+    if not any(row.variant != FULL_PRECISION for row in found):
+        return
+    yield from (f"## {title}", "")
+    yield from _head(["", "n", *(f"AP {name}" for name in GROUPS.values()), "minutes"])
+    for row in found:
+        cells = [_shown(row.mean(ap(group)), 1) for group in GROUPS]
+        yield f"| {row.variant} | {len(row.runs)} | {' | '.join(cells)} | {row.minutes:.1f} |"
+    yield ""
+    measured = [(kind, space) for kind in RELATIONS for space in SPACES]
+    yield from _head(["drift", *(f"{RELATIONS[kind]}, {space}" for kind, space in measured)])
+    for row in found:
+        if row.variant != FULL_PRECISION:
+            yield f"| {row.variant} | {' | '.join(_shown(row.mean(drift(*one)), 4) for one in measured)} |"
+    yield ""
+    base = next((row for row in found if row.variant == reference), None)
+    others = [row for row in found if row.variant not in (reference, FULL_PRECISION)]
+    if base is None or not any(row.runs.keys() & base.runs.keys() for row in others):
+        return
+    yield from _head([f"less {reference}", "n", *(f"AP {name}" for name in GROUPS.values()), *RELATIONS.values()])
+    for row in others:
+        differences = [_marked(row.difference(base, ap(group)), 1) for group in GROUPS]
+        differences += [_marked(row.difference(base, drift(kind, "embedding")), 4) for kind in RELATIONS]
+        pairs = len(row.runs.keys() & base.runs.keys())
+        if pairs:
+            yield f"| {row.variant} | {pairs} | {' | '.join(differences)} |"
+    yield ""
+
+
+def _head(names: Sequence[str]) -> Iterator[str]:
+    yield f"| {' | '.join(names)} |"
+    yield "|" + "---|" * len(names)
+
+
+def _shown(value: Mean | None, digits: int, sign: str = "") -> str:
+    if value is None:
+        return ""
+    error = "" if value.error is None else f" ± {value.error:.{digits}f}"
+    return f"{value.mean:{sign}.{digits}f}{error}"
+
+
+def _marked(value: Mean | None, digits: int) -> str:
+    return _shown(value, digits, "+") + ("*" if value is not None and value.significant else "")
