@@ -174,19 +174,12 @@ class Same(Rectangles):
 
 
 def test_the_student_comes_to_resemble_its_teacher(tmp_path: Path, coarse: Path) -> None:
-    changed = {
-        "method": "kd",
-        "steps": 20,
-        "rate": 2e-4,
-        "batch": 4,
-        "log_every": 5,
-        "norm": "frozen",
-        "pkd_factor": 100.0,
-        "save_every": 100,
-    }
-    train_prepared(fresh(coarse), Same(4), replace(SETTINGS, **changed, watch_every=100), tmp_path, teacher=teacher())
+    """The first four steps against the last four: .40 to .54 on six tries (three batches, two processors), 1.5 where nothing teaches."""
+    changed = {"method": "kd", "steps": 24, "rate": 1e-3, "batch": 4, "log_every": 4, "norm": "frozen", "pkd_factor": 1000.0}
+    rare = {"save_every": 100, "watch_every": 100}
+    train_prepared(fresh(coarse), Same(4), replace(SETTINGS, **changed, **rare), tmp_path, teacher=teacher())
     lines = logged(tmp_path)
-    assert lines[-1]["pkd"] < 0.9 * lines[0]["pkd"]
+    assert lines[-1]["pkd"] < 0.8 * lines[0]["pkd"]
 
 
 # --- stopping and going on ---
