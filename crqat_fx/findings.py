@@ -3,16 +3,19 @@
 Whatever was not measured is None, and `missing` of the model says why and what to do about it, by section.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from crqat_fx.bench import Operators, Spread
+from crqat_fx.evaluate import Metric
+from crqat_fx.graph_picture import Face
 from crqat_fx.json_form import load_json, save_json
+from crqat_fx.prepared_inspection import BlockFacts, QuantizerFacts
 from crqat_fx.verify import Verification
 
-FORMAT = "crqat-fx study 1"
+STUDY = "study.json"  # as it is called where it lies beside its report
 GROUPS = {"all": "all", "base": "base", "novel": "novel", "r": "rare", "c": "common", "f": "frequent"}  # of AP, and what they are called
 RELATIONS = ("region_text", "region_region")
 
@@ -70,6 +73,79 @@ class Drift:
     region_region: Relation
     heat: tuple[tuple[float | None, ...], ...]  # of every heat picture, a value an anchor
 
+    def check(self, pictures: "Sequence[HeatPicture]") -> None:
+        """ValueError where its values are of other pictures."""
+        if [len(each) for each in self.heat] != [len(each.points) for each in pictures]:
+            raise ValueError("similarities of other anchors than those of the heat pictures")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the quantizers of a model do to its tensors, measured on some pictures; in the order of the data."""
+
+    pictures: int
+    quantizers: tuple[QuantizerFacts, ...]
+    blocks: tuple[BlockFacts, ...]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One box of a graph reads another one, both by their place, in these bits; 32 is float."""
+
+    source: int
+    reader: int
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """The blocks of a model's graph, each in its stage, and who reads whom."""
+
+    label: str  # the model's
+    boxes: tuple[Face, ...]
+    edges: tuple[Edge, ...]
+    quantized: bool
+
+    def __post_init__(self) -> None:
+        for edge in self.edges:
+            if not {edge.source, edge.reader} <= set(range(len(self.boxes))) or edge.source == edge.reader:
+                raise ValueError(f"the graph has no box {edge.source} that a box {edge.reader} could read")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value at some of a training's steps."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.values):
+            raise ValueError(f"a curve has {len(self.values)} values for {len(self.steps)} steps")
+
+
+@dataclass(frozen=True)
+class TrainingPhase:
+    """From one step to another; which stages were quantized and trained, and on what losses."""
+
+    first: int
+    last: int
+    quantized: tuple[str, ...]
+    trained: tuple[str, ...]
+    losses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model was trained: what the run's log says, by what the log calls it, and what was watched of its quantizers."""
+
+    method: str
+    teacher: str | None
+    planned: int  # steps
+    phases: tuple[TrainingPhase, ...]
+    log: Mapping[str, Curve]
+    watched: Mapping[str, Curve]  # means over quantizers: clipped and flipped shares
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -82,6 +158,10 @@ class Picture:
     boxes: tuple[BoxPixels, ...]
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if min(self.width, self.height) < 1 or len(self.boxes) != len(self.names):
+            raise ValueError(f"the picture {self.name[:40]!r} has no size, or not a name for every box")
+
 
 @dataclass(frozen=True)
 class HeatPicture:
@@ -92,6 +172,10 @@ class HeatPicture:
     strides: tuple[float, ...]
     teacher: tuple[float | None, ...]
 
+    def __post_init__(self) -> None:
+        if not len(self.points) == len(self.strides) == len(self.teacher):
+            raise ValueError(f"the heat picture {self.picture.name[:40]!r} has not a stride and a value for every point")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -100,6 +184,10 @@ class Found:
     boxes: tuple[BoxPixels, ...]
     scores: tuple[float, ...]
     names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.boxes) == len(self.scores) == len(self.names):
+            raise ValueError("a list of boxes has not a score and a name for every one")
 
 
 @dataclass(frozen=True)
@@ -116,6 +204,8 @@ class Model:
     counted: Counted | None = None
     speed: Speed | None = None
     drift: Drift | None = None
+    training: Training | None = None
+    quantization: Quantization | None = None
     found: tuple[Found, ...] = ()  # one for each shown picture
     integers: Operators | None = None
     ladder: Verification | None = None
@@ -130,11 +220,23 @@ class Study:
     data: str
     size: int
     names: int  # of the vocabulary
+    metric: Metric
     models: tuple[Model, ...]
     shown: tuple[Picture, ...] = ()
     heat: tuple[HeatPicture, ...] = ()
+    graph: StageGraph | None = None
+    threads: int = 1  # that speed was measured with
     machine: Mapping[str, str] = field(default_factory=dict)
-    format: str = FORMAT
+    format: Literal["crqat-fx study 1"] = "crqat-fx study 1"
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("it has no model")
+        for model in self.models:
+            if len(model.found) != len(self.shown):
+                raise ValueError(f"{model.label[:40]!r} has {len(model.found)} lists of boxes for {len(self.shown)} pictures")
+            if model.drift is not None:
+                model.drift.check(self.heat)
 
     def save(self, path: str | Path) -> None:
         save_json(self, path)

@@ -45,7 +45,7 @@ class Face:
     """How a box is drawn: a label and lines below it, what it says when it is pointed at or read out, and where it leads."""
 
     label: str
-    lines: Sequence[str]
+    lines: tuple[str, ...]
     told: str
     stage: str
     leads_to: str | None = None
@@ -64,6 +64,16 @@ def draw_graph(graph: GraphModule, title: str) -> str:
 
 def draw_view(seen: GraphView, title: str, decibels: Mapping[str, float] | None = None, leads_to: Mapping[Box, str] | None = None) -> str:
     """`decibels`: of tensors by path, the SQNR that a box shows of what leaves it. `leads_to`: the address of a box."""
+    faces, reads = blocks_of_view(seen, decibels, leads_to)
+    counts = Counter(box.stage for box, nodes in boxes_of(seen).items() for _ in nodes)
+    legend = [(stage, f"{stage or 'no stage'}: {count} nodes") for stage, count in counts.items()]
+    return svg(faces, reads, quantized=bool(seen.quantizers), title=title, legend=legend)
+
+
+def blocks_of_view(
+    seen: GraphView, decibels: Mapping[str, float] | None = None, leads_to: Mapping[Box, str] | None = None
+) -> tuple[list[Face], list[dict[int, set[int]]]]:
+    """A face for every box, and for every box those that it reads, with the bits that it reads them in: what `svg` draws."""
     members = boxes_of(seen)
     number = {node: place for place, nodes in enumerate(members.values()) for node in nodes}
     reads: list[dict[int, set[int]]] = [{} for _ in members]
@@ -81,9 +91,7 @@ def draw_view(seen: GraphView, title: str, decibels: Mapping[str, float] | None 
         )
         for box, nodes in members.items()
     ]
-    counts = Counter(box.stage for box, nodes in members.items() for _ in nodes)
-    legend = [(stage, f"{stage or 'no stage'}: {count} nodes") for stage, count in counts.items()]
-    return svg(faces, reads, quantized=bool(seen.quantizers), title=title, legend=legend)
+    return faces, reads
 
 
 def boxes_of(seen: GraphView) -> dict[Box, list[Node]]:

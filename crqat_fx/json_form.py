@@ -33,7 +33,7 @@ def load_json(kind: type[T], path: str | Path) -> T:
         return found
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=path, remedy=remedy) from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"is no {kind.__name__.lower()} ({str(error)[:200]})", where=path, remedy=remedy) from error
 
 
@@ -66,7 +66,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, at: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     refused = ""
-    for kind in kinds:
+    for kind in (each for each in kinds if each is not type(None)):  # what is wrong with it is not that it is there
         try:
             return from_plain(kind, value, at)
         except ValueError as error:

@@ -5,6 +5,8 @@
 end to end   x as the model computes it in float, x' as it does quantized: all noise on the way to a tensor, its own rounding included
 local        x as it comes to one quantizer of the quantized model, x' as it leaves: what this rounding alone adds
 
+Beside it stands the share of the values that come to a quantizer and lie outside of its range, so that it clips them.
+
 The float model is the same graph with its quantizers off: what differs is quantization alone, also after training. Both run side by side,
 node by node, so that only what is still to be read is in memory. Quantizers that a phase has turned off stay off.
 """
@@ -12,7 +14,7 @@ node by node, so that only what is still to be read is in memory. Quantizers tha
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from crqat_fx.errors import UserError
 from crqat_fx.progress import Progress
 from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepared import Prepared
+from crqat_fx.quantize.watch import codes_of
 from crqat_fx.trace import Example
 from passes.fx.graph import module_of, node_paths
 from passes.fx.placement import quantizes
@@ -62,20 +65,40 @@ def decibels(share: float) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """SQNR in decibels: end to end of every tensor by the path of its node in the prepared graph, local of every quantizer by its name."""
+    """SQNR in decibels: end to end of every tensor by the path of its node in the prepared graph, local of every quantizer by its name; and
+    by that name the share of values that it clips."""
 
     tensors: Mapping[str, float]
     local: Mapping[str, float]
+    clipped: Mapping[str, float]
     pictures: int
+
+
+@dataclass
+class _Rounded:
+    """What one quantizer did to everything that came to it."""
+
+    energy: Energy = field(default_factory=Energy)
+    values: int = 0
+    outside: float = 0.0
+
+    def add(self, quantizer: FakeQuantize, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.energy.add(inputs[0], output)
+        self.values += output.numel()
+        self.outside += output.numel() * float(codes_of(quantizer, *inputs)[1])
+
+    @property
+    def clipped(self) -> float:
+        return self.outside / self.values if self.values else 0.0
 
 
 def measure_noise(prepared: Prepared, batches: Iterable[Example], *, total: int | None = None, progress: Progress | None = None) -> Noise:
     """Runs the batches in float and as the phase quantizes. Phase and mode stay as they were. `total`: how many pictures there will be."""
     paths = node_paths(prepared.graph)
     tensors: dict[Node, Energy] = {}
-    local: dict[str, Energy] = {}
+    rounded: dict[str, _Rounded] = {}
     seen = 0
-    with evaluating(prepared.graph), _watched(prepared.quantizers(), local), torch.no_grad():
+    with evaluating(prepared.graph), _watched(prepared.quantizers(), rounded), torch.no_grad():
         for inputs in batches:
             _SideBySide(prepared.graph, tensors).run(*inputs)
             seen += len(inputs[0])
@@ -86,7 +109,8 @@ def measure_noise(prepared: Prepared, batches: Iterable[Example], *, total: int 
             raise UserError("has values that are not finite", where=paths[node], remedy="look for an overflow, or NaN weights, before it")
     return Noise(
         tensors={paths[node]: energy.db for node, energy in tensors.items()},
-        local={name: energy.db for name, energy in local.items()},
+        local={name: each.energy.db for name, each in rounded.items()},
+        clipped={name: each.clipped for name, each in rounded.items()},
         pictures=seen,
     )
 
@@ -120,13 +144,13 @@ def turned_on(quantizers: Mapping[str, FakeQuantize], wanted: Callable[[str], bo
 
 
 @contextmanager
-def _watched(quantizers: Mapping[str, FakeQuantize], local: dict[str, Energy]) -> Iterator[None]:
+def _watched(quantizers: Mapping[str, FakeQuantize], rounded: dict[str, _Rounded]) -> Iterator[None]:
     """Adds up what every quantizer that is on does to what it is given."""
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if isinstance(module, FakeQuantize) and module.enabled:
-                local.setdefault(name, Energy()).add(inputs[0], output)
+                rounded.setdefault(name, _Rounded()).add(module, inputs, output)
 
         return hook
 

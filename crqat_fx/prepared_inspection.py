@@ -25,7 +25,7 @@ DRAWN = 4  # pictures that noise is measured on where none are named
 BLOCKS = 2  # the `depth` of a report that shows blocks; 1 is stages alone, more is every quantizer
 LEARNED = {"log_scale": "scale", "zero_point": "zero"}
 SAME = 1e-4  # a scale within so much of the calibrated one was not trained: its logarithm is what is stored
-COLUMNS = ("bits", "end to end", "local", "range", "scale", "zero", "scales", "set by", "learns")  # of a quantizer's row
+COLUMNS = ("bits", "end to end", "local", "clipped", "range", "scale", "zero", "scales", "set by", "learns")  # of a quantizer's row
 UNMEASURED = "No SQNR: nothing was measured."
 EXPLAINED = "End to end: against the float model, all noise on the way. Local: what one quantizer adds to what comes to it."
 
@@ -54,6 +54,7 @@ class QuantizerFacts:
     moved: float | None  # the scale over the calibrated one, the geometric mean over channels
     local: float | None  # dB
     end_to_end: float | None  # dB, of what leaves it; of a weight, of what leaves its layer
+    clipped: float | None  # the share of values that lie outside of its range
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def _quantizers(prepared: Prepared, seen: GraphView, noise: Noise | None) -> Ite
             moved=None if calibration is None else _moved(quantizer, calibration.scale),
             local=None if noise is None else noise.local.get(name),
             end_to_end=min(behind, default=None),
+            clipped=None if noise is None else noise.clipped.get(name),
         )
 
 
@@ -299,6 +301,7 @@ def of_quantizer(each: QuantizerFacts) -> tuple[str, ...]:
         f"{each.bits}{' signed' if each.symmetric else ''}",
         in_decibels(each.end_to_end),
         in_decibels(each.local) if each.on else "off",
+        "-" if each.clipped is None else f"{each.clipped:.2%}",
         _ends(each.range, "0.3g", both=True),
         _ends(each.scale, "0.3g"),
         _ends(each.zero_point, "d"),

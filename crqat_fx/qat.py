@@ -1,5 +1,6 @@
 """Quantization-aware training: a prepared model learns its ranges and weights, phase by phase, and from a teacher where the phase says so.
 
+    run/started.pt          the model that the run began with, its ranges set: what post-training quantization alone gives
     run/prepared.pt         the averaged weights, norms estimated anew, beside the raw ones: a prepared model
     run/quantizers.jsonl    every quantizer's scale, zero point, clipped and flipped codes, every `watch_every` steps
 
@@ -78,7 +79,7 @@ from passes.fx.fold_batchnorm import FoldBatchNorm
 
 logger = logging.getLogger(__name__)
 
-PREPARED = "prepared.pt"
+STARTED, PREPARED = "started.pt", "prepared.pt"
 RAMP = 0.2  # of an average's horizon: the published average's, 2,000 of 10,000 steps
 
 
@@ -331,6 +332,9 @@ class QatCourse(Course):
         return watching(self.prepared) if step % self.settings.watch_every == 0 and self.processes.first else super().watched(step)
 
     # --- what comes out ---
+
+    def begin(self, out: Path) -> None:
+        self.prepared.save(out / STARTED)
 
     def result(self, out: Path) -> Path:
         return out / PREPARED

@@ -1,6 +1,7 @@
 """A study: several forms of one model measured alike, side by side: its float checkpoint, what was prepared of it, what was trained.
 
-of models            AP by group, what it costs (counted), drift from the first, detections on a few pictures
+of models            AP by group, what it costs (counted), drift from the first, detections on a few pictures, what each quantizer does
+of a training        loss and AP over its steps, from its log
 of exported files    AP again, speed against each other, integer coverage, time by operator, the verification ladder
 """
 
@@ -26,14 +27,39 @@ from crqat_fx.detections import Detector
 from crqat_fx.distortion import Distortion, distortion
 from crqat_fx.errors import UserError
 from crqat_fx.evaluate import KEPT, EvaluateSettings, Metric, evaluate, picture_name, read_picture_or_skip
-from crqat_fx.findings import Accuracy, BoxPixels, Counted, Drift, Found, HeatPicture, Model, Picture, Relation, Section, Speed, Study
+from crqat_fx.findings import (
+    Accuracy,
+    BoxPixels,
+    Counted,
+    Drift,
+    Edge,
+    Found,
+    HeatPicture,
+    Model,
+    Picture,
+    Quantization,
+    Relation,
+    Section,
+    Speed,
+    StageGraph,
+    Study,
+    Training,
+)
+from crqat_fx.graph_picture import blocks_of_view
+from crqat_fx.graph_view import view
 from crqat_fx.model_files import read_model
 from crqat_fx.models.yolo_world import YoloWorld, YoloWorldConfig
+from crqat_fx.noise import measure_noise
 from crqat_fx.onnx_detector import OnnxDetector
+from crqat_fx.pipelines import prepare_passes
+from crqat_fx.prepared_inspection import inspect_prepared
 from crqat_fx.progress import Progress
+from crqat_fx.quantize.calibrate import picture_batches
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.recipe import name_of
+from crqat_fx.run_history import training_of
 from crqat_fx.torch_detector import TorchDetector, carried_settings
+from crqat_fx.trace import trace
 from crqat_fx.verify import verify_file
 from crqat_fx.vocabulary import Vocabulary
 
@@ -44,12 +70,13 @@ LONGEST = 640  # pixels of a shown picture's longer side
 @dataclass(frozen=True)
 class Contender:
     """A model to be studied. `exported`: the .onnx that was exported of it with the vocabulary of the data, for what is measured of files.
-    `raw`: of a trained one the raw weights."""
+    `raw`: of a trained one the raw weights. `run`: the folder of the training that it came out of."""
 
     label: str
     model: str  # a checkpoint, a shipped model's name, a prepared or a trained model
     exported: Path | None = None
     raw: bool = False
+    run: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,7 @@ class StudySettings:
     pictures: int | None = None  # that AP is measured on; None: all of a set, 500 of the drawn task; 0: no AP
     engine: Literal["file", "torch"] = "file"  # that AP is measured in: onnxruntime where there is an exported file
     compared: int = 64  # pictures that drift is measured on; 0: none
+    noise: int = 4  # pictures that quantizers are watched on; 0: none
     shown: int = 4  # pictures with boxes
     conf: float = 0.25  # lowest score that is shown
     verified: int = 1  # pictures of the ladder; 0: none
@@ -70,7 +98,7 @@ class StudySettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        least = {"pictures": 0, "compared": 0, "shown": 0, "verified": 0, "rounds": 0, "operators": 0, "batch": 1, "threads": 1}
+        least = {"pictures": 0, "compared": 0, "noise": 0, "shown": 0, "verified": 0, "rounds": 0, "operators": 0, "batch": 1, "threads": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -103,6 +131,8 @@ def study(
         raise UserError("brings no vocabulary, nor does a model", where=data, remedy="name one in the data.yaml")
     for each in opened:
         vocabulary.check_width(each.config.text_width, each.contender.model)
+        if each.prepared is not None:
+            each.prepared.vocabulary = vocabulary
     task = _Task(dataset, vocabulary, size, settings, progress)
     models, heat = [], tuple[HeatPicture, ...]()
     for each in opened:
@@ -114,9 +144,12 @@ def study(
         data=data,
         size=size,
         names=len(vocabulary),
+        metric=settings.metric,
         models=tuple(_timed(contenders, models, task)),
         shown=tuple(task.shown_picture(index) for index in task.shown),
         heat=heat,
+        graph=_stage_graph(opened[-1], models[-1]),
+        threads=settings.threads,
         machine=machine(),
     )
 
@@ -212,6 +245,8 @@ def _measured(opened: _Opened, first: _Opened, task: _Task) -> tuple[Model, tupl
         accuracy=_accuracy(opened, task, missing),
         counted=_counted(opened, task),
         drift=drift,
+        training=_training(opened, missing),
+        quantization=_quantization(opened, task, missing),
         found=tuple(_found(opened, task)),
         missing=missing,
     )
@@ -236,6 +271,40 @@ def _counted(opened: _Opened, task: _Task) -> Counted:
     report = price(measured) if prepared is None else price(measured, prepared.recipe, prepared.target.name)
     full, exported = report.total, report.export_total
     return Counted(exported.macs, exported.size_mib, exported.bops_t, full.size_mib, full.bops_t)
+
+
+def _training(opened: _Opened, missing: dict[Section, str]) -> Training | None:
+    run, prepared = opened.contender.run, opened.prepared
+    if run is None or prepared is None:
+        missing["training"] = "it was not trained here" if run is None else "it is no prepared model"
+        return None
+    return training_of(run, [stage.name for stage in prepared.stages])
+
+
+def _quantization(opened: _Opened, task: _Task, missing: dict[Section, str]) -> Quantization | None:
+    prepared, count = opened.prepared, task.settings.noise
+    if prepared is None or not count:
+        missing["quantization"] = "it has no quantizers" if prepared is None else "not measured: give --noise a number of pictures"
+        return None
+    prepared.graph.to(task.settings.device)
+    batches = picture_batches(prepared, task.pictures(count), 1)
+    noise = measure_noise(prepared, batches, total=count, progress=task.tell(f"{opened.contender.label}, noise"))
+    report = inspect_prepared(prepared, opened.contender.model, noise)
+    return Quantization(noise.pictures, report.quantizers, report.blocks)
+
+
+def _stage_graph(opened: _Opened, model: Model) -> StageGraph:
+    """The blocks of a model, in its stages."""
+    prepared = opened.prepared
+    if prepared is None:
+        graph = trace(opened.module)
+        prepare_passes()(graph)
+        seen = view(graph)
+    else:
+        seen = view(prepared.graph, prepared.target)
+    faces, reads = blocks_of_view(seen)
+    edges = (Edge(source, reader, tuple(sorted(bits))) for reader, sources in enumerate(reads) for source, bits in sources.items())
+    return StageGraph(model.label, tuple(faces), tuple(edges), bool(seen.quantizers))
 
 
 def _drift(opened: _Opened, first: _Opened, task: _Task) -> tuple[Drift, tuple[HeatPicture, ...]]:
@@ -276,6 +345,7 @@ def _found(opened: _Opened, task: _Task) -> Iterator[Found]:
 def _of_file(opened: _Opened, model: Model, task: _Task) -> Model:
     """What an exported file adds, but for its speed."""
     settings, file = task.settings, opened.contender.exported
+    opened.module.to("cpu")
     if file is None:
         told = "not measured: it was not exported; leave --no-export out"
         return dataclasses.replace(model, missing={**model.missing, "speed": told, "integers": told, "ladder": told})

@@ -181,6 +181,10 @@ class Course(ABC):
         """What else a state holds."""
         return {}
 
+    def begin(self, out: Path) -> None:
+        """Writes what else is to be kept of the model before its first step; one process does."""
+        return
+
     def enter(self, step: int, carried: Mapping[str, Any]) -> None:
         """Takes up what stands after `step` steps, at least 1, when a run goes on."""
         return
@@ -483,6 +487,7 @@ def run(
         state.load(out / LAST)
     elif processes.first:
         state.save(out / LAST)  # first of all: from it alone a run can go on
+        course.begin(out)
     if processes.first and not (out / SETTINGS).exists():
         given = {field.name: "given" for field in dataclasses.fields(settings)}
         Resolved(settings, origins or given).write(out / SETTINGS)

@@ -147,6 +147,7 @@ APPLICATIONS = {
     "graph_view",
     "prepared_inspection",
     "findings",
+    "run_history",
     "study",
     "report",
 }

@@ -112,7 +112,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, file: Path) -> Path:
 
 
 def test_a_run_leaves_a_prepared_model_with_its_average_and_its_raw_weights(straight: Path) -> None:
-    names = ["last.pt", "log.jsonl", "prepared.pt", "quantizers.jsonl", "settings.yaml", "tensorboard"]
+    names = ["last.pt", "log.jsonl", "prepared.pt", "quantizers.jsonl", "settings.yaml", "started.pt", "tensorboard"]
     assert sorted(path.name for path in straight.iterdir()) == names
     raw, average = load_prepared(straight / "prepared.pt", raw=True), load_prepared(straight / "prepared.pt")
     assert (raw.weights, average.weights) == ("raw", "average")
@@ -125,6 +125,13 @@ def test_a_run_leaves_a_prepared_model_with_its_average_and_its_raw_weights(stra
         if "running" not in name and "batches_tracked" not in name:
             assert torch.equal(value, state["average"][name]), name
     assert sum(not torch.equal(state["model"][name], state["average"][name]) for name in scales) > 50
+
+
+def test_a_run_keeps_the_model_that_it_began_with(straight: Path, file: Path) -> None:
+    began, given = load_prepared(straight / "started.pt"), fresh(file)
+    assert began.weights == "only"
+    assert all(quantizer.enabled for quantizer in began.quantizers().values())
+    assert_same(dict(began.graph.state_dict()), dict(given.graph.state_dict()))
 
 
 def test_a_file_without_an_average_has_no_raw_weights_to_ask_for(file: Path) -> None:
