@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crqat_fx.bench import bench
+    from crqat_fx.bench import BenchSettings, bench
     from crqat_fx.checkpoint import load_model as load
     from crqat_fx.checkpoint import read_checkpoint, write_checkpoint
     from crqat_fx.cost import cost
+    from crqat_fx.data.opening import open_evaluation, open_pictures
     from crqat_fx.data.shapes import ShapesSet, ShapesTask
     from crqat_fx.data.shapes_batches import ShapesBatches
     from crqat_fx.detect import detect_pictures
@@ -21,36 +22,43 @@ if TYPE_CHECKING:
     from crqat_fx.errors import UserError
     from crqat_fx.evaluate import evaluate
     from crqat_fx.export import export
+    from crqat_fx.findings import closing_table, load_study
     from crqat_fx.models.text import embed
     from crqat_fx.models.yolo_world import build, decode_boxes
     from crqat_fx.onnx_detector import OnnxDetector
     from crqat_fx.pictures import read_picture
-    from crqat_fx.qat import train_prepared
+    from crqat_fx.qat import QatSettings, train_file, train_prepared
     from crqat_fx.quantize.calibrate import calibrate, picture_batches
     from crqat_fx.quantize.prepare import load_prepared, prepare
     from crqat_fx.recipe import QuantRecipe
+    from crqat_fx.report import write_report
+    from crqat_fx.study import Contender, StudySettings, study
     from crqat_fx.torch_detector import TorchDetector
     from crqat_fx.trace import trace
-    from crqat_fx.train import train
+    from crqat_fx.train import TrainSettings, train
     from crqat_fx.verify import verify_file as verify
     from crqat_fx.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 _API = {
+    "BenchSettings": "bench.BenchSettings",
+    "Contender": "study.Contender",
     "OnnxDetector": "onnx_detector.OnnxDetector",
+    "QatSettings": "qat.QatSettings",
     "QuantRecipe": "recipe.QuantRecipe",
     "ShapesBatches": "data.shapes_batches.ShapesBatches",
     "ShapesSet": "data.shapes.ShapesSet",
     "ShapesTask": "data.shapes.ShapesTask",
+    "StudySettings": "study.StudySettings",
     "TorchDetector": "torch_detector.TorchDetector",
+    "TrainSettings": "train.TrainSettings",
     "UserError": "errors.UserError",
     "Vocabulary": "vocabulary.Vocabulary",
-    "calibrate": "quantize.calibrate.calibrate",
-    "load_prepared": "quantize.prepare.load_prepared",
-    "prepare": "quantize.prepare.prepare",
     "bench": "bench.bench",
     "build": "models.yolo_world.build",
+    "calibrate": "quantize.calibrate.calibrate",
+    "closing_table": "findings.closing_table",
     "cost": "cost.cost",
     "decode_boxes": "models.yolo_world.decode_boxes",
     "detect_pictures": "detect.detect_pictures",
@@ -59,28 +67,42 @@ _API = {
     "evaluate": "evaluate.evaluate",
     "export": "export.export",
     "load": "checkpoint.load_model",
+    "load_prepared": "quantize.prepare.load_prepared",
+    "load_study": "findings.load_study",
+    "open_evaluation": "data.opening.open_evaluation",
+    "open_pictures": "data.opening.open_pictures",
     "picture_batches": "quantize.calibrate.picture_batches",
+    "prepare": "quantize.prepare.prepare",
     "read_checkpoint": "checkpoint.read_checkpoint",
     "read_picture": "pictures.read_picture",
+    "study": "study.study",
     "trace": "trace.trace",
     "train": "train.train",
+    "train_file": "qat.train_file",
     "train_prepared": "qat.train_prepared",
     "verify": "verify.verify_file",
     "write_checkpoint": "checkpoint.write_checkpoint",
+    "write_report": "report.write_report",
 }
 __all__ = [
+    "BenchSettings",
+    "Contender",
     "OnnxDetector",
+    "QatSettings",
     "QuantRecipe",
     "ShapesBatches",
     "ShapesSet",
     "ShapesTask",
+    "StudySettings",
     "TorchDetector",
+    "TrainSettings",
     "UserError",
     "Vocabulary",
     "__version__",
     "bench",
     "build",
     "calibrate",
+    "closing_table",
     "cost",
     "decode_boxes",
     "detect_pictures",
@@ -90,15 +112,21 @@ __all__ = [
     "export",
     "load",
     "load_prepared",
+    "load_study",
+    "open_evaluation",
+    "open_pictures",
     "picture_batches",
     "prepare",
     "read_checkpoint",
     "read_picture",
+    "study",
     "trace",
     "train",
+    "train_file",
     "train_prepared",
     "verify",
     "write_checkpoint",
+    "write_report",
 ]
 
 

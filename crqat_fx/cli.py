@@ -19,10 +19,6 @@ from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET
 from crqat_fx.settings import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import numpy as np
-
     from crqat_fx.checkpoint import Checkpoint
     from crqat_fx.data.samples import EvaluationSet
     from crqat_fx.mixed_recipe import Proposal
@@ -680,6 +676,7 @@ def prepare(
     Shows the passes that ran, the stages, and what stays float and why. `evaluate` and `detect` take the result.
     """
     from crqat_fx.checkpoint import load_model
+    from crqat_fx.data.opening import open_pictures
     from crqat_fx.detect import DetectSettings, open_vocabulary
     from crqat_fx.quantize.calibrate import calibrate as set_ranges
     from crqat_fx.quantize.calibrate import picture_batches
@@ -700,7 +697,7 @@ def prepare(
     )  # fmt: skip
     if settings.calibrate is not None:
         with console.progress("calibrate") as progress:
-            batches = picture_batches(prepared, _calibration_pictures(settings.calibrate, settings.size, settings.pictures))
+            batches = picture_batches(prepared, open_pictures(settings.calibrate, settings.size, settings.pictures))
             set_ranges(prepared, batches, settings.observer, settings.pictures, progress=progress)
     prepared.save(out)
     resolved.write(_beside(out), _command("prepare", model))
@@ -719,21 +716,6 @@ def prepare(
         if rows:
             console.show(console.table(title, list(rows[0]), [list(row.values()) for row in rows]))
     console.note(f"prepared: {out}" + ("" if prepared.calibrated else "; give --calibrate to set the ranges of its quantizers"))
-
-
-def _calibration_pictures(place: str, size: int, count: int) -> "Iterator[np.ndarray]":
-    """The pictures that `--calibrate` names, at most `count`, one at a time."""
-    from itertools import islice
-
-    from crqat_fx.data.opening import SHAPES
-    from crqat_fx.data.shapes import ShapesTask
-    from crqat_fx.pictures import find_sources, read_source
-
-    if place == SHAPES:
-        task = ShapesTask(size=size)
-        return (task.draw("calibration", index).image for index in range(count))
-    sources = find_sources([place])
-    return (picture.pixels for picture in islice((each for source in sources for each in read_source(source)), count))
 
 
 @app.command()
@@ -965,6 +947,7 @@ def verify(
 
     The exit status is 1 where a rung fails, and the first tensor that departs is named.
     """
+    from crqat_fx.data.opening import open_pictures
     from crqat_fx.quantize.prepare import load_prepared
     from crqat_fx.verify import verify_file
     from crqat_fx.vocabulary import Vocabulary
@@ -976,7 +959,7 @@ def verify(
     _say_weights(prepared, loaded.weights)
     texts = None if settings.vocabulary is None else Vocabulary.load(settings.vocabulary)
     with console.progress("verify") as progress:
-        shown = _calibration_pictures(place, loaded.size, settings.count)
+        shown = open_pictures(place, loaded.size, settings.count)
         found = verify_file(
             loaded, model, shown, vocabulary=texts, count=settings.count, threads=settings.threads, progress=progress
         )  # fmt: skip
@@ -1086,6 +1069,7 @@ def sensitivity(
 
     With a budget also propose a recipe, as many bits in every block as the budget bears where they do most: `prepare --recipe` takes it.
     """
+    from crqat_fx.data.opening import open_pictures
     from crqat_fx.mixed_recipe import Budget, Widths, propose
     from crqat_fx.plots import write_sensitivity
     from crqat_fx.sensitivity import sensitivity as measure
@@ -1109,7 +1093,7 @@ def sensitivity(
         with console.progress("proposal") as progress:
             proposal = propose(
                 prepared, Budget(limit, of, settings.counted), dataset,
-                lambda: _calibration_pictures(calibration, prepared.size, settings.calibrated_on), tried, observer=settings.observer,
+                lambda: open_pictures(calibration, prepared.size, settings.calibrated_on), tried, observer=settings.observer,
                 calibrated_on=settings.calibrated_on, pictures=settings.pictures, ap_pictures=settings.ap_pictures, batch=settings.batch,
                 progress=progress,
             )  # fmt: skip
