@@ -6,7 +6,7 @@ A value is cut where it bears a recorded name: `NAME.codes`; or `NAME.codes.nhwc
 `NAME.codes.shifted`, where the highest code is 255, so that the type's own end is what clips.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,41 +57,63 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """A file in pieces: the session that runs them all at once, and where in it the recorded names are."""
+class Pieces:
+    """A file in pieces, all of which one run computes, and where in it the recorded names are."""
 
-    session: onnxruntime.InferenceSession
+    model: onnx.ModelProto
     values: Mapping[str, Place]  # by recorded name
     shapes: Mapping[str, Shape]  # that they have in the file; empty where none is fed
     outputs: tuple[str, ...]  # of the file itself
 
-    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]], recorded: Mapping[str, Codes]) -> Found:
-        feeds = dict(inputs)
-        taken = {each.name for each in self.session.get_inputs()}  # a piece that leads to no output is dropped, its input with it
-        for name, place in self.values.items():
-            if place.value + FED in taken:
-                feeds[place.value + FED] = place.laid_out(recorded[name], self.shapes[name])
-        asked = [*(place.value for place in self.values.values()), *self.outputs]
-        try:
-            given = dict(zip(asked, self.session.run(asked, feeds), strict=True))
-        except FAILURES as error:
-            raise UserError(f"cannot be run in pieces ({reason_of(error)})", where="the file", remedy=EXPORT) from error
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What a run puts out: the codes, and the file's outputs."""
+        return (*(place.value for place in self.values.values()), *self.outputs)
+
+    def feeds(self, recorded: Mapping[str, Codes], taken: Collection[str]) -> dict[str, Codes]:
+        """The recorded codes by the names of `taken` inputs: a piece that leads to no output is dropped, and its input with it."""
+        return {
+            place.value + FED: place.laid_out(recorded[name], self.shapes[name])
+            for name, place in self.values.items()
+            if place.value + FED in taken
+        }
+
+    def found(self, given: Mapping[str, npt.NDArray[np.generic]], recorded: Mapping[str, Codes]) -> Found:
+        """What a run gave."""
         return Found(
             {name: place.as_recorded(given[place.value], recorded[name].shape) for name, place in self.values.items()},
             {name: given[place.value].shape for name, place in self.values.items()},
             {name: given[name] for name in self.outputs},
         )
 
+    def run(
+        self,
+        inputs: Mapping[str, npt.NDArray[np.generic]],
+        recorded: Mapping[str, Codes],
+        *,
+        optimised: bool,
+        threads: int | None = None,
+    ) -> Found:
+        """By onnxruntime."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of every input that no piece reads
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(self.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except FAILURES as error:
+            raise UserError(f"cannot be cut into pieces ({reason_of(error)})", where="the file", remedy=EXPORT) from error
+        fed = self.feeds(recorded, {each.name for each in session.get_inputs()})
+        try:
+            given = session.run(self.asked, {**inputs, **fed})
+        except FAILURES as error:
+            raise UserError(f"cannot be run in pieces ({reason_of(error)})", where="the file", remedy=EXPORT) from error
+        return self.found(dict(zip(self.asked, given, strict=True)), recorded)
 
-def cut(
-    model: onnx.ModelProto,
-    recorded: Mapping[str, Codes],
-    highest: Mapping[str, int],
-    shapes: Mapping[str, Shape] | None,
-    *,
-    optimised: bool,
-    threads: int | None = None,
-) -> Cuts:
+
+def cut(model: onnx.ModelProto, recorded: Mapping[str, Codes], highest: Mapping[str, int], shapes: Mapping[str, Shape] | None) -> Pieces:
     """The file cut at every recorded name that it bears; `highest` is the highest code of each. Without `shapes` (the file's, which a
     first run tells) nothing is fed: the codes are put out, and go on as they are."""
     pieces = onnx.ModelProto()
@@ -105,6 +127,8 @@ def cut(
         found = next((place for place in places if place.value in made), None)
         if found is not None:
             values[name] = found
+    if not values:
+        raise UserError("has none of the prepared model's tensors by name", where="the file", remedy=EXPORT)
     cuts = {place.value for place in values.values()}
     if shapes is not None:
         for node in graph.node:
@@ -117,16 +141,4 @@ def cut(
             graph.output.append(helper.make_tensor_value_info(place.value, kind, None))
         if shapes is not None:
             graph.input.append(helper.make_tensor_value_info(place.value + FED, kind, shapes[name]))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of every input that no piece reads
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
-    if not values:
-        raise UserError("has none of the prepared model's tensors by name", where="the file", remedy=EXPORT)
-    try:
-        session = onnxruntime.InferenceSession(pieces.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except FAILURES as error:
-        raise UserError(f"cannot be cut into pieces ({reason_of(error)})", where="the file", remedy=EXPORT) from error
-    return Cuts(session, values, shapes or {}, outputs)
+    return Pieces(pieces, values, shapes or {}, outputs)

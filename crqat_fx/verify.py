@@ -218,11 +218,12 @@ def verify(
             codes = {name: record.codes for name, record in recorded.items() if record.levels is not None}
             highest = {name: recorded[name].highest for name in codes}
             tell(number, count, "onnxruntime, from the picture on")
-            unfed = cut(model, codes, highest, None, optimised=True, threads=threads).run(feeds(inputs), codes)
+            unfed = cut(model, codes, highest, None).run(feeds(inputs), codes, optimised=True, threads=threads)
             whole.add(_compared(name, codes[name], found, None) for name, found in unfed.codes.items())
+            cuts = cut(model, codes, highest, unfed.shapes)
             for tally, optimised in ((third, False), (fourth, True)):
                 tell(number, count, "onnxruntime, optimised" if optimised else "onnxruntime, plain")
-                pieces = cut(model, codes, highest, unfed.shapes, optimised=optimised, threads=threads).run(feeds(inputs), codes)
+                pieces = cuts.run(feeds(inputs), codes, optimised=optimised, threads=threads)
                 tally.missing |= codes.keys() - pieces.codes.keys() - set(given)
                 tally.add(
                     _compared(name, codes[name], found, None if optimised else recorded[name].levels)
