@@ -68,8 +68,9 @@ def view(graph: GraphModule, target: Target = HANDS_ON_NOTHING) -> GraphView:
     quantizers: dict[str, FakeQuantize] = {}
     for node in graph.graph.nodes:
         module = module_of(graph, node)
-        if isinstance(module, FakeQuantize):
-            quantizers[str(node.target)] = module
+        if quantizes(graph, node):
+            if isinstance(module, FakeQuantize):
+                quantizers[str(node.target)] = module
             seen[node] = seen[node.all_input_nodes[0]]
         else:
             seen[node] = bare.node_copy(node, seen.__getitem__)
@@ -102,7 +103,7 @@ def _is_like(reader: Node, index: int) -> bool:
 
 def _codes(graph: GraphModule, node: Node, target: Target) -> str | None:
     """The quantizer whose codes a node's values are."""
-    while not quantizes(graph, node):
+    while not isinstance(module_of(graph, node), FakeQuantize):
         if not carries(graph, target, node):
             return None
         node = node.all_input_nodes[0]

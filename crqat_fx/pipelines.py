@@ -81,9 +81,9 @@ def lowering_passes(text: Tensor | None = None, *, detector: bool = True, weight
     return Pipeline(
         *_known(text, detector),
         CollapseMatch(yolo_world.Match, weight_bits),  # before anything has codes: what it rounds is a product of floats
+        RoundHeadBias(),  # while the quantizers stand that tell its steps
         ToIntegerCodes(),  # before the layers: their biases are rounded in the steps of the codes they read
         LowerLayers(),
-        RoundHeadBias(yolo_world.max_similarity),  # before constants are folded, while the bias is a parameter still
         FoldConstants(),  # last: all that depends on the text alone is codes by now, and is stored as such
     )
 

@@ -10,8 +10,6 @@
 
 What is off in one piece cannot add up in the next: the first tensor that departs is the one at fault. The whole file, from the picture on,
 is run as well, and its steps are reported and not judged: one tie cascades through all that follows.
-
-Biases are rounded on both sides of rung 2, each by its own formula (`crqat_fx.recording`).
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Whole models lowered: no code differs from the prepared model's, both forms of text agree, and what is refused.
-
-The prepared side rounds its biases here by itself, from its own quantizers: what the lowered graph stores is not asked.
-"""
+"""Whole models lowered: no code differs from the prepared model's in evaluation, both forms of text agree, and what is refused."""
 
 import copy
 import dataclasses
@@ -13,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from checks import randomise
 from every_kind import RECIPE, EveryKind, inputs
-from torch import nn
 from torch.fx import Interpreter
 
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
@@ -21,11 +17,12 @@ from crqat_fx.errors import UserError
 from crqat_fx.lower import lower, lower_float
 from crqat_fx.models.yolo_world import build
 from crqat_fx.quantize.calibrate import calibrate
+from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepare import prepare
 from crqat_fx.quantize.prepared import Phase
 from crqat_fx.vocabulary import Vocabulary
 from passes.fx.codes import Dequantize
-from passes.fx.graph import ancestors, module_of, node_paths
+from passes.fx.graph import module_of, node_paths
 from passes.fx.placement import kinds, quantizes
 from passes.fx.to_integer_codes import CODES, QUANTIZER
 
@@ -60,57 +57,6 @@ def prepared(size, version, recipe, target):
     calibrate(made, [(pictures, text_of(vocabulary(model.config.text_width), 2))], "minmax", count=2)
     made.graph.eval()
     return made
-
-
-# --- the prepared side, its biases rounded ---
-
-
-def step_before(graph, node):
-    """The step of the codes a value is on, by the prepared graph alone; None where there is not one."""
-    while not quantizes(graph, node):
-        number = [value for value in node.args if isinstance(value, float)]
-        if kinds(graph, node) == ("mul",) and len(number) == 1:
-            step = step_before(graph, node.all_input_nodes[0])
-            return None if step is None else step * number[0]
-        if not HANDS_ON & set(kinds(graph, node)):
-            return None
-        node = node.all_input_nodes[0]
-    quantizer = module_of(graph, node)
-    return None if quantizer.spec.channel_axis is not None else quantizer.scale.detach()
-
-
-def with_rounded_biases(made):
-    """A copy that computes with biases in whole steps."""
-    graph = copy.deepcopy(made.graph).eval()
-    for node in list(graph.graph.nodes):
-        module = module_of(graph, node)
-        quantizer = getattr(module, "weight_fake_quant", None)
-        step = None if quantizer is None else step_before(graph, node.args[0])
-        if step is not None:
-            weight, bias = module.folded() if hasattr(module, "folded") else (quantizer(module.weight), module.bias)
-            grid = step * quantizer.scale
-            assert bool((bias.abs() <= grid * 2**30).all())  # no channel is dead
-            call = F.linear if isinstance(module, nn.Linear) else module._conv_forward
-            module.forward = functools.partial(call, weight=weight.detach(), bias=(torch.round(bias / grid) * grid).detach())
-        if getattr(node.target, "__name__", "") == "max_similarity":
-            round_head_bias(graph, node)
-    graph.recompile()
-    return graph
-
-
-def round_head_bias(graph, node):
-    guide, step = module_of(graph, node.args[0]), step_before(graph, node.args[1])
-    if guide.spec.channel_axis is None or step is None:
-        return
-    (scaled,) = node.users
-    (added,) = scaled.users
-    (parameter,) = [each for each in ancestors([added.args[1]]) if each.op == "get_attr"]
-    owner, _, name = parameter.target.rpartition(".")
-    grid = step * guide.scale.detach() * scaled.args[1]
-    rounded = torch.round(getattr(graph.get_submodule(owner), name).detach().flatten() / grid) * grid
-    graph.register_buffer(f"rounded_{node.name}", rounded.unsqueeze(1))
-    with graph.graph.inserting_before(added):
-        added.update_arg(1, graph.graph.get_attr(f"rounded_{node.name}"))
 
 
 class Values(Interpreter):
@@ -150,23 +96,14 @@ def differing(graph, lowered, examples):
     return compared, wrong, wanted, got
 
 
+PICO_1, PICO_2 = ("pico", 1, "8-8-8-int", "ort"), ("pico", 2, "4-8-8-int", "ort")
+EDGES_2, CHANNELS_2 = ("pico", 2, "4-4-8", "ort"), ("pico", 2, "3-3-8-ch", "conv-inputs")
 MODELS = [
-    ("pico", 1, "8-8-8-int", "ort"),
-    ("pico", 1, "4-4-8", "ort"),
-    ("pico", 1, "4-8-8-int", "conv-inputs"),
-    ("pico", 2, "4-8-8-int", "ort"),
-    ("pico", 2, "4-4-8-int", "ort"),
-    ("pico", 2, "4-4-8", "ort"),
-    ("pico", 2, "3-3-8-ch", "conv-inputs"),
+    *(("pico", version, recipe, "ort") for version in (1, 2) for recipe in ("4-4-8-int", "4-8-8-int", "8-8-8-int", "4-4-8")),
+    *(("pico", version, recipe, "conv-inputs") for version in (1, 2) for recipe in ("4-4-8", "4-8-8-int")),
+    CHANNELS_2,
     ("s", 2, "4-8-8-int", "ort"),
 ]
-PICO_1, PICO_2, EDGES_2, CHANNELS_2 = MODELS[0], MODELS[3], MODELS[5], MODELS[6]
-
-
-@functools.cache
-def rounded(*case):
-    """The prepared graph that computes with biases in whole steps: to be read only."""
-    return with_rounded_biases(prepared(*case))
 
 
 @functools.cache
@@ -189,11 +126,12 @@ def texts(case, batch):
 def test_no_code_differs_from_the_prepared_models(case):
     made, lowered = prepared(*case), runtime(*case)
     pictures = drawn() if case[0] == "pico" else drawn(1, 32, 64)
-    compared, wrong, wanted, got = differing(rounded(*case), lowered.graph, (pictures, texts(case, len(pictures))))
+    compared, wrong, wanted, got = differing(prepared(*case).graph, lowered.graph, (pictures, texts(case, len(pictures))))
     assert (wrong, lowered.collapsed) == (0, {})
     assert compared > 10_000
     standing = {node.meta[QUANTIZER] for node in lowered.graph.graph.nodes if QUANTIZER in node.meta}
-    missing = [node for node in made.graph.graph.nodes if quantizes(made.graph, node) and node.name not in standing]
+    quantizers = [node for node in made.graph.graph.nodes if isinstance(module_of(made.graph, node), FakeQuantize)]
+    missing = [node for node in quantizers if node.name not in standing]
     assert all(kinds(made.graph, node.all_input_nodes[0])[0] == "Concat" for node in missing)  # of one scale: a copy
     assert len(got) == 2
     for expected, given in zip((*wanted[0], *wanted[1]), (*got[0], *got[1]), strict=True):
@@ -220,7 +158,7 @@ def test_constant_text_and_runtime_text_give_the_same_codes(case):
 def test_the_collapsed_match_is_close_to_what_it_stands_for(case):
     """The map and the text are not rounded any more where they were, and the product is."""
     lowered, quantized = constant(*case), case is PICO_2
-    wanted, _ = run(rounded(*case), drawn(), texts(case, 2))
+    wanted, _ = run(prepared(*case).graph, drawn(), texts(case, 2))
     got, _ = run(lowered.graph, drawn())
     for expected, given in zip(wanted[0], got[0], strict=True):
         assert float((expected - given).abs().mean()) < (0.05 if quantized else 1e-5) * float(expected.std())
@@ -244,7 +182,7 @@ def own(target="ort"):
 def test_a_module_of_ones_own_is_lowered_without_a_code_that_differs(target):
     made = own(target)
     lowered = lower(made)
-    compared, wrong, wanted, got = differing(with_rounded_biases(made), lowered.graph, inputs(5))
+    compared, wrong, wanted, got = differing(made.graph, lowered.graph, inputs(5))
     assert (wrong, lowered.collapsed, lowered.inputs) == (0, {}, ("images", "text"))
     assert compared > 1000
     assert all(torch.equal(expected, given) for expected, given in zip(wanted, got, strict=True))
@@ -281,7 +219,7 @@ def test_names_are_unique_and_say_where_a_value_stands():
         "quant.backbone.image_model.stem.conv.output",
         "quant.backbone.image_model.stem.conv.output#2",
         "backbone.image_model.stage4.2.pool@2.codes",
-        "neck.top_down_layers.0.attn_block.bias_codes",
+        "quant.neck.top_down_layers.0.attn_block.add.input.1.codes",
     } <= set(lowered.names.values())
 
 
@@ -321,7 +259,7 @@ def test_one_wrong_number_shows(damage):
     else:
         concat = next(node for node in graph.graph.nodes if node.target == "backbone.image_model.stage1.1.concat")
         concat.args = (concat.args[1], concat.args[0], *concat.args[2:])
-    _, wrong, _, _ = differing(rounded(*PICO_2), graph, (drawn(1, 32, 64), texts(PICO_2, 1)))
+    _, wrong, _, _ = differing(prepared(*PICO_2).graph, graph, (drawn(1, 32, 64), texts(PICO_2, 1)))
     assert wrong > 0
 
 

@@ -1,4 +1,4 @@
-"""The head bias of max-similarity attention in the steps of its product."""
+"""The head bias of max-similarity attention, stored in the steps of its product."""
 
 import logging
 import re
@@ -6,126 +6,110 @@ import re
 import pytest
 import torch
 from checks import randomise
-from rounds import Rounds, traced
+from rounds import traced
 from torch import nn
 
-from crqat_fx.models import yolo_world
 from passes.fx.graph import format_graph
 from passes.fx.round_head_bias import RoundHeadBias
-from passes.fx.to_integer_codes import ToIntegerCodes
 
-GUIDE, EMBED = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 3, 5, 4), (2, 3, 4, 6)))
-PER_HEAD = {"scale": [0.03, 0.05, 0.02], "bits": 7, "axis": 1, "symmetric": True}
+SCORE = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+STEPS = (0.0003, 0.0005, 0.0002)
+
+
+class Whole(nn.Module):
+    """What a prepared graph has before the bias."""
+
+    is_quantizer = rounds_bias = True
+
+    def __init__(self, steps):
+        super().__init__()
+        self.told = None if steps is None else torch.tensor(steps)
+
+    def steps(self):
+        return self.told
+
+    def forward(self, bias):
+        return torch.round(bias / self.told.unsqueeze(1)) * self.told.unsqueeze(1)
 
 
 class Attention(nn.Module):
-    def __init__(self, guide=PER_HEAD, embed=None, factor=0.5, shape=(3,)):
+    def __init__(self, steps=STEPS, shape=(3,)):
         super().__init__()
-        self.guide, self.embed, self.factor = Rounds(**guide), Rounds(**(embed or {"scale": 0.02, "zero": 120})), factor
-        self.bias, self.other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        self.whole, self.bias = Whole(steps), nn.Parameter(torch.zeros(shape))
         randomise(self)
 
-    def forward(self, texts, regions):
-        score = yolo_world.max_similarity(self.guide(texts), self.embed(regions)) * self.factor
-        return torch.sigmoid(score + self.bias.unsqueeze(1))
+    def forward(self, score):
+        return torch.sigmoid(score * 0.5 + self.whole(self.bias.unsqueeze(1)))
 
 
-def coded(model):
-    graph = traced(model)
-    ToIntegerCodes()(graph)
-    return graph
+class ReadElsewhere(Attention):
+    def forward(self, score):
+        return super().forward(score), self.bias.sum()
+
+
+class Shared(Attention):
+    def __init__(self):
+        super().__init__()
+        self.other = Whole([2 * step for step in STEPS])
+
+    def forward(self, score):
+        return super().forward(score), torch.sigmoid(score + self.other(self.bias.unsqueeze(1)))
 
 
 def test_the_bias_is_stored_as_codes_a_head():
     model = Attention()
-    graph = coded(model)
-    assert RoundHeadBias(yolo_world.max_similarity)(graph).rewrites == 1
+    graph = traced(model, Whole)
+    assert RoundHeadBias()(graph).rewrites == 1
     assert (
         format_graph(graph)
-        == """texts = input
-regions = input
-guide = Quantize[7 bit, symmetric, axis 1](texts)
-embed = Quantize[8 bit](regions)
-guide.values = Dequantize[7 bit, symmetric, axis 1](guide)
-embed.values = Dequantize[8 bit](embed)
-max_similarity = max_similarity(guide.values, embed.values)
-mul = mul(max_similarity, 0.5)
-bias_codes = Tensor[3, 1]
-bias_values = Dequantize[bias, axis 0](bias_codes)
-add = add(mul, bias_values)
+        == """score = input
+mul = mul(score, 0.5)
+whole.codes = Tensor[3, 1]
+whole = Dequantize[bias, axis 0](whole.codes)
+add = add(mul, whole)
 sigmoid = sigmoid(add)
 return sigmoid"""
     )
-    steps = torch.tensor(0.02) * torch.tensor(PER_HEAD["scale"]) * 0.5
-    assert graph.bias_codes.dtype == torch.int32
-    assert torch.equal(graph.bias_codes.flatten(), torch.round(model.bias / steps).int())
+    codes = graph.get_buffer("whole.codes")
+    assert codes.dtype == torch.int32
+    assert torch.equal(codes.flatten(), torch.round(model.bias / torch.tensor(STEPS)).int())
     with torch.no_grad():
-        model.bias.copy_(torch.round(model.bias / steps) * steps)
-        assert torch.equal(graph(GUIDE, EMBED), model(GUIDE, EMBED))
-    assert RoundHeadBias(yolo_world.max_similarity)(graph).rewrites == 0
-
-
-class ReadElsewhere(Attention):
-    def forward(self, texts, regions):
-        return super().forward(texts, regions), self.bias.sum()
-
-
-class Shared(Attention):
-    def forward(self, texts, regions):
-        return super().forward(texts, regions), super().forward(texts * 2.0, regions)
-
-
-class FromInput(Attention):
-    def forward(self, texts, regions):
-        return yolo_world.max_similarity(self.guide(texts), self.embed(regions)) * self.factor + texts.mean((2, 3), keepdim=True)[:, :, 0]
-
-
-class FromTwo(Attention):
-    def forward(self, texts, regions):
-        return yolo_world.max_similarity(self.guide(texts), self.embed(regions)) * self.factor + (self.bias * self.other).unsqueeze(1)
-
-
-class Unscaled(Attention):
-    def forward(self, texts, regions):
-        return yolo_world.max_similarity(self.guide(texts), self.embed(regions)) + self.bias.unsqueeze(1)
+        assert torch.equal(graph(SCORE), model(SCORE))
+    assert RoundHeadBias()(graph).rewrites == 0
 
 
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (Attention(guide={"scale": 0.03, "bits": 7, "symmetric": True}), "does not read a guide with a step a head"),
-        (Attention(embed={**PER_HEAD}), "and a map with one"),
-        (Attention(factor=-0.5), "not scaled by a positive number"),
-        (Attention(shape=(1,)), r"the shape \(1, 1\)"),
-        (Attention(guide={**PER_HEAD, "scale": [0.03, 1e-12, 0.02]}), "no 32-bit codes"),
-        (FromInput(), "depends on an input"),
-        (FromTwo(), "made of 2 parameters"),
-        (Unscaled(), "not scaled"),
+        (Attention(steps=None), "and no steps"),
+        (Attention(shape=(1,)), r"the shape \(1, 1\), and 3 steps"),
+        (Attention(steps=(0.03, 1e-12, 0.02)), "no 32-bit codes"),
     ],
-    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+    ids=["no steps", "another shape", "too many steps"],
 )
-def test_leaves_other_attention_as_it_is(model, why, caplog):
-    graph = coded(model)
-    before = format_graph(graph)
+def test_a_bias_without_codes_stays_float(model, why, caplog):
+    graph = traced(model, Whole)
     with caplog.at_level(logging.DEBUG, "passes.fx.round_head_bias"):
-        assert RoundHeadBias(yolo_world.max_similarity)(graph).rewrites == 0
-    assert format_graph(graph) == before
+        assert RoundHeadBias()(graph).rewrites == 0
     assert re.search(why, caplog.text)
+    assert "whole" not in format_graph(graph)
+    with torch.no_grad():
+        assert torch.equal(graph(SCORE), torch.sigmoid(SCORE * 0.5 + model.bias.unsqueeze(1)))
 
 
 def test_another_reader_of_the_bias_keeps_the_float():
     model = ReadElsewhere()
-    graph = coded(model)
-    assert RoundHeadBias(yolo_world.max_similarity)(graph).rewrites == 1
+    graph = traced(model, Whole)
+    assert RoundHeadBias()(graph).rewrites == 1
     with torch.no_grad():
-        score, bias = graph(GUIDE, EMBED)
-        assert torch.equal(bias, model.bias.sum())
-        assert not torch.equal(score, model(GUIDE, EMBED)[0])
-        torch.testing.assert_close(score, model(GUIDE, EMBED)[0], rtol=0, atol=0.02 * 0.05)
+        assert all(torch.equal(one, other) for one, other in zip(graph(SCORE), model(SCORE), strict=True))
+        assert torch.equal(graph(SCORE)[1], model.bias.sum())
 
 
-def test_a_bias_that_two_attentions_share_is_rounded_for_the_first_alone(caplog):
-    graph = coded(Shared())
-    with caplog.at_level(logging.DEBUG, "passes.fx.round_head_bias"):
-        assert RoundHeadBias(yolo_world.max_similarity)(graph).rewrites == 1
-    assert "its bias is another attention's, too" in caplog.text
+def test_a_bias_that_two_attentions_share_is_stored_in_the_steps_of_each():
+    model = Shared()
+    graph = traced(model, Whole)
+    assert RoundHeadBias()(graph).rewrites == 2
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(graph(SCORE), model(SCORE), strict=True))
+    assert not torch.equal(graph.get_buffer("whole.codes"), graph.get_buffer("other.codes"))

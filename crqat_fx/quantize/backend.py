@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.nn import qat
 from torch.ao.quantization import PlaceholderObserver, QConfig, QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig, BackendPatternConfig, DTypeConfig
 from torch.ao.quantization.fx.fuse import fuse
@@ -25,6 +24,7 @@ from torch.fx import GraphModule
 from crqat_fx.errors import UserError
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import FakeQuantize, fake_quantizer
+from crqat_fx.quantize.integer_bias import Conv2d, Linear
 from crqat_fx.recipe import Target
 from passes.fx.graph import module_of, node_paths, owners_of
 from passes.fx.placement import ACTIVATION, WEIGHT, entry, kinds, knows
@@ -33,7 +33,7 @@ from passes.spec import QuantSpec
 logger = logging.getLogger(__name__)
 
 FLOAT: dict[str, type[nn.Module]] = {"Conv2d": nn.Conv2d, "Linear": nn.Linear, "BatchNorm2d": nn.BatchNorm2d}
-LEARNING: dict[str, type[nn.Module]] = {"Conv2d": qat.Conv2d, "Linear": qat.Linear}
+LEARNING: dict[str, type[nn.Module]] = {"Conv2d": Conv2d, "Linear": Linear}
 FUSED: dict[tuple[str, str], type[ConvBn2d]] = {("Conv2d", "BatchNorm2d"): ConvBn2d}
 
 # before its input is read, a tensor is quantized on the way: torch.ao calls that dynamic, and places nothing behind the layer

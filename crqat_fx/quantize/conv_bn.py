@@ -1,11 +1,12 @@
 """A convolution and the BatchNorm behind it as one module, so that the weight that is quantized is the one an export stores.
 
     k = gamma / sqrt(running variance + eps)
-    frozen, or evaluation:   y = conv(x, Q(k W)) + beta + k (b - running mean)      the folded convolution, number by number
+    frozen, or evaluation:   y = conv(x, Q(k W)) + R(beta + k (b - running mean))   the folded convolution, number by number
     training statistics:     y = BatchNorm(conv(x, Q(k W) / k) + b)                 one convolution; the batch's statistics
 
-A channel whose gamma is 0 is learned through its float weight while statistics are trained: there is nothing to divide by, and an export
-stores zeros for it whichever weight was taken. `frozen` statistics stay as they are, also after `.train()`.
+R is what an integer kernel does to a bias (`crqat_fx.quantize.integer_bias`). A channel whose gamma is 0 is learned through its float
+weight while statistics are trained: there is nothing to divide by, and an export stores zeros for it whichever weight was taken. `frozen`
+statistics stay as they are, also after `.train()`.
 """
 
 from typing import Self
@@ -14,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from crqat_fx.errors import UserError
+from crqat_fx.quantize.integer_bias import IntegerBias
 
 
-class ConvBn2d(nn.Conv2d):
+class ConvBn2d(IntegerBias, nn.Conv2d):
     """Conv2d and BatchNorm2d; without a `weight_fake_quant` it is float."""
-
-    frozen = False  # statistics as in evaluation, whatever the mode
-    weight_fake_quant: nn.Module | None
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         """Takes over the parameters of both."""
@@ -60,7 +59,7 @@ class ConvBn2d(nn.Conv2d):
         return learning
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """The weight, quantized, and the bias that evaluation and an export use."""
+        """The weight, quantized, and the bias, which evaluation and an export then round."""
         factor = self._factor()
         mean = self.bn.get_buffer("running_mean")
         shift = -mean if self.bias is None else self.bias - mean
@@ -69,7 +68,7 @@ class ConvBn2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.frozen:
-            folded: Tensor = self._conv_forward(x, *self.folded())
+            folded: Tensor = self._conv_forward(x, *self.stored())
             return folded
         weight = self.weight if self.weight_fake_quant is None else self._measured_in_factors()
         normalised: Tensor = self.bn(self._conv_forward(x, weight, self.bias))

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from crqat_fx.errors import UserError
 from crqat_fx.quantize.backend import weight_spec
+from crqat_fx.quantize.integer_bias import HeadBias
 from crqat_fx.recipe import FLOAT, WIDEST, QuantRule, Target
 from passes.fx.graph import module_of, node_paths
 from passes.fx.placement import PATH, carries, entry, kinds, knows, operands, quantizes, readers, signed_spec, spec_of
@@ -23,7 +24,7 @@ def hold_to_recipe(graph: GraphModule, rules: Mapping[str, QuantRule], target: T
     paths = node_paths(graph)
     served: set[Node] = set()
     for node in graph.graph.nodes:
-        if quantizes(graph, node) or node.target is getattr:
+        if _quantizes(graph, node) or node.target is getattr:
             continue
         _check_weight(graph, node, paths[node], rules, target)
         if carries(graph, target, node):
@@ -40,7 +41,7 @@ def hold_to_recipe(graph: GraphModule, rules: Mapping[str, QuantRule], target: T
                 _check_in_a_row(graph, found, target)
         served |= _check_output(graph, node, paths[node], rules, target)
     for node in graph.graph.nodes:
-        if quantizes(graph, node) and node not in served:
+        if _quantizes(graph, node) and node not in served:
             raise UserError("is a quantizer that serves nothing the recipe asks for", where=str(node.target), remedy=_REPORT)
 
 
@@ -77,9 +78,9 @@ def _check_output(graph: GraphModule, node: Node, path: str, rules: Mapping[str,
     if not _is_integer(graph, node, rules, target):
         return set()
     found_readers = list(readers(graph, target, node))
-    if all(quantizes(graph, reader) and spec_of(graph, reader).symmetric for reader, _, _ in found_readers):
+    if all(_quantizes(graph, reader) and spec_of(graph, reader).symmetric for reader, _, _ in found_readers):
         return set()
-    behind = {reader for reader, _, source in found_readers if source is node and quantizes(graph, reader)}
+    behind = {reader for reader, _, source in found_readers if source is node and _quantizes(graph, reader)}
     if len(behind) != 1 or any(reader not in behind for reader, _, _ in found_readers):
         raise UserError(f"its output has {len(behind)} quantizers, or a reader without", where=path, remedy=_REPORT)
     (quantizer,) = behind
@@ -96,10 +97,15 @@ def _check_output(graph: GraphModule, node: Node, path: str, rules: Mapping[str,
 def _final_readers(graph: GraphModule, target: Target, node: Node) -> Iterator[tuple[Node, int, Node]]:
     """Who reads a node's values, quantizers and what hands codes on looked through."""
     for reader, index, source in readers(graph, target, node):
-        if quantizes(graph, reader):
+        if _quantizes(graph, reader):
             yield from _final_readers(graph, target, reader)
         else:
             yield reader, index, source
+
+
+def _quantizes(graph: GraphModule, node: Node) -> bool:
+    """Biases are rounded as their products ask, and not the recipe."""
+    return quantizes(graph, node) and not isinstance(module_of(graph, node), HeadBias)
 
 
 def _rule(rules: Mapping[str, QuantRule], node: Node) -> QuantRule:
@@ -108,13 +114,13 @@ def _rule(rules: Mapping[str, QuantRule], node: Node) -> QuantRule:
 
 def _producer(graph: GraphModule, node: Node, target: Target) -> Node:
     """Who computed what a node hands on."""
-    while quantizes(graph, node) or carries(graph, target, node):
+    while _quantizes(graph, node) or carries(graph, target, node):
         node = node.all_input_nodes[0]
     return node
 
 
 def _quantizer_before(graph: GraphModule, node: Node, target: Target) -> Node | None:
-    while not quantizes(graph, node):
+    while not _quantizes(graph, node):
         if not carries(graph, target, node):
             return None
         node = node.all_input_nodes[0]

@@ -25,6 +25,7 @@ from crqat_fx.quantize.backend import Quantizers, insert_quantizers
 from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.frozen_norm import make_norms_freezable
 from crqat_fx.quantize.hold import hold_to_recipe
+from crqat_fx.quantize.link_biases import link_biases
 from crqat_fx.quantize.prepared import AGAIN, Prepared, Saved, read_saved
 from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET, QuantRecipe, QuantRule, Target, recipe_named, target_named
 from crqat_fx.trace import LEAVES, Example, trace, trace_unproved
@@ -90,6 +91,7 @@ def prepare(
         raise UserError(error.reason, where=error.name, remedy="see what the pass takes with `crqat-fx passes`") from error
     hold_to_recipe(graph, rules, place)
     make_norms_freezable(graph)
+    link_biases(graph)
     graph.train(model.training)
     config = model.config if isinstance(model, YoloWorld) else None
     return Prepared(graph, chosen, place, cpu, method, config, parts, vocabulary, size, steps)

@@ -26,6 +26,7 @@ from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import YoloWorldConfig
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import METHODS, FakeQuantize
+from crqat_fx.quantize.integer_bias import HeadBias, IntegerBias
 from crqat_fx.recipe import CPUS, TARGETS, QuantRecipe, Target
 from crqat_fx.unpickle import Archive, StoredTensor, opened
 from crqat_fx.vocabulary import Vocabulary
@@ -113,7 +114,8 @@ class Prepared:
         return found
 
     def set_phase(self, phase: Phase) -> None:
-        """Turns quantizers on and off, and freezes what is not trained: parameters, scales, and the statistics of norms."""
+        """Turns quantizers on and off, and freezes what is not trained: parameters, scales, and the statistics of norms. With these, biases
+        are rounded as in evaluation."""
         names = [stage.name for stage in self.stages]
         for asked in (*phase.quantized, *phase.trained):
             if asked not in names:
@@ -127,7 +129,7 @@ class Prepared:
             for each in module.modules() if module is not None else ():
                 if isinstance(each, FakeQuantize):
                     each.enabled = stage in phase.quantized
-                if isinstance(each, ConvBn2d) or (isinstance(each, _NormBase) and not isinstance(module, ConvBn2d)):
+                if isinstance(each, IntegerBias | HeadBias) or (isinstance(each, _NormBase) and not isinstance(module, ConvBn2d)):
                     each.frozen = stage not in phase.trained or phase.norm == "frozen"
                     each.train(self.graph.training)
         for parameter, learns in trained.items():
@@ -156,13 +158,13 @@ class Prepared:
         return reasons
 
     def text(self) -> str:
-        """The graph as text, and below it how each weight is quantized."""
+        """The graph as text, and below it how each weight is quantized. What rounds a bias follows from that, and is left out."""
         weights = [
             f"{name} = {type(quantizer).__name__}[{quantizer.extra_repr()}]"
             for name, quantizer in self.quantizers().items()
             if name.endswith("weight_fake_quant")
         ]
-        return "\n".join([format_graph(self.graph), *weights])
+        return "\n".join([format_graph(self.graph, lambda node: isinstance(module_of(self.graph, node), HeadBias)), *weights])
 
     def digest(self) -> str:
         return hashlib.sha256(self.text().encode()).hexdigest()

@@ -171,10 +171,17 @@ def _part(node: Node) -> tuple[Node, str] | None:
     return None
 
 
-def format_graph(graph: GraphModule) -> str:
-    """The graph as text that can be compared: the same graph gives the same text, in any process."""
+def format_graph(graph: GraphModule, left_out: Callable[[Node], bool] = lambda node: False) -> str:
+    """The graph as text that can be compared: the same graph gives the same text, in any process. In the place of what is `left_out` stands
+    what it reads."""
     paths = node_paths(graph)
-    return "\n".join(_line(graph, node, paths) for node in graph.graph.nodes)
+    lines = []
+    for node in graph.graph.nodes:
+        if left_out(node):
+            paths[node] = paths[node.all_input_nodes[0]]
+        else:
+            lines.append(_line(graph, node, paths))
+    return "\n".join(lines)
 
 
 def _line(graph: GraphModule, node: Node, paths: dict[Node, str]) -> str:

@@ -110,6 +110,8 @@ def _store(path: str, layer: nn.Conv2d | nn.Linear, step: Tensor | None) -> nn.M
             store.register_buffer("bias", bias.detach().clone())
         return store
     spec, scale, zero_point = quantizer.spec, quantizer.scale.detach(), quantizer.zero_points
+    if spec.channel_axis not in (None, 0):
+        step = None
     if bias is not None and step is not None:
         scale = torch.maximum(scale, _least_scale(bias, step, spec))
     rounds = Quantize(scale, zero_point, spec)
@@ -117,7 +119,7 @@ def _store(path: str, layer: nn.Conv2d | nn.Linear, step: Tensor | None) -> nn.M
     store.add_module("weight", Dequantize(scale, zero_point, spec.channel_axis, spec))
     if bias is None:
         return store
-    if step is None or spec.channel_axis not in (None, 0):
+    if step is None:
         logger.debug("lower-layers: left the bias of %s in float: its input is not read from codes of one scale", path)
         store.register_buffer("bias", bias.detach().clone())
         return store
