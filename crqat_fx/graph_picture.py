@@ -214,7 +214,7 @@ def _heading(title: str, legend: Sequence[tuple[str, str]], quantized: bool) -> 
     ]
     for number, (stage, text) in enumerate(legend):
         left = MARGIN + LEGEND * number
-        lines.append(f'<rect x="{left}" y="42" width="14" height="14" rx="3" {_paint(stage)}/>')
+        lines.append(f'<rect x="{left}" y="42" width="14" height="14" rx="3" {paint(stage)}/>')
         lines.append(f'<text class="ink" x="{left + 20}" y="53" font-size="12" fill="#222">{escape(text)}</text>')
     if quantized:
         left = MARGIN + LEGEND * len(legend)
@@ -279,9 +279,7 @@ def _drawn_box(face: Face, middle: float, top: float, height: float) -> list[str
     lines = [f'<g class="box" role="img"{focus}><title>{escape(face.told)}</title>']
     if face.leads_to is not None:
         lines.insert(0, f'<a href="{escape(face.leads_to)}">')
-    lines.append(
-        f'<rect x="{middle - WIDTH / 2:.1f}" y="{top:.0f}" width="{WIDTH}" height="{height}" rx="7" {_paint(face.stage)}{dashes}/>'
-    )
+    lines.append(f'<rect x="{middle - WIDTH / 2:.1f}" y="{top:.0f}" width="{WIDTH}" height="{height}" rx="7" {paint(face.stage)}{dashes}/>')
     written_lines = [face.label, *(line for line in face.lines if line)]
     first = top + (height - 15 * len(written_lines)) / 2 + 12
     for number, text in enumerate(written_lines):
@@ -291,7 +289,8 @@ def _drawn_box(face: Face, middle: float, top: float, height: float) -> list[str
     return [*lines, "</g></a>" if face.leads_to is not None else "</g>"]
 
 
-def _paint(stage: str) -> str:
+def paint(stage: str) -> str:
+    """How a box of a stage looks, in light and, with `styles`, in dark."""
     fill, border = COLOURS.get(stage, UNMARKED), BORDERS.get(stage, UNMARKED_BORDER)
     return f'class="{_name("s", stage)}" fill="{fill}" stroke="{border}" stroke-width="1.2"'
 

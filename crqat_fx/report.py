@@ -1,26 +1,44 @@
-"""A study as one HTML page that needs nothing else: no script, no network, no font."""
+"""A study as one HTML page that needs nothing else: no script, no network, no font.
+
+First what a reader wants (the table and what it comes to, pictures), then why (drift, training, quantizers, stages), then what it rests on
+(integers and time, the ladder, how it was measured).
+"""
 
 from html import escape
 from pathlib import Path
 
 from crqat_fx.files import written
-from crqat_fx.findings import Study, closing_table
+from crqat_fx.findings import Study
+from crqat_fx.graph_picture import styles as styles_of_graphs
+from crqat_fx.report_parts import section
+from crqat_fx.report_proof import INTEGERS, LADDER, MEASURED
+from crqat_fx.report_reasons import DRIFT, QUANTIZATION, STAGES, TRAINING
+from crqat_fx.report_results import PICTURES, RESULTS, verdict
+from crqat_fx.report_style import STYLE
+
+PARTS = (RESULTS, PICTURES, DRIFT, TRAINING, QUANTIZATION, STAGES, INTEGERS, LADDER, MEASURED)
 
 
 def write_report(study: Study, path: str | Path) -> None:
     with written(path) as temporary:
-        temporary.write_text(page(study), encoding="utf-8")
+        temporary.write_text(page(study), encoding="utf-8", errors="backslashreplace")
 
 
 def page(study: Study) -> str:
-    head, rows = closing_table(study)
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(study.title)}</title></head><body>'
-        f"<main><h1>{escape(study.title)}</h1><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></main></body></html>\n"
+    title = study.title or "crqat-fx report"
+    links = "".join(f'<li><a href="#{part.address}">{escape(part.heading)}</a></li>' for part in PARTS)
+    about = f"{study.data}, {study.size} px, {study.names} names; {', '.join(model.label for model in study.models)}"
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">',
+            '<link rel="icon" href="data:,">',  # a browser asks a server for one where none is named
+            f"<title>{escape(title)}</title><style>{STYLE}{styles_of_graphs()}</style></head><body>",
+            '<a class="skip" href="#main">Skip to the results</a>',
+            f'<header><h1>{escape(title)}</h1><p class="about">{escape(about)}</p></header>',
+            f'<nav aria-label="contents"><ol>{links}</ol></nav>',
+            f'<main id="main" tabindex="-1"><p class="verdict">{escape(verdict(study))}</p>',
+            *(section(part, study) for part in PARTS),
+            "</main></body></html>\n",
+        ]
     )
-
-
-def _cell(value: str | float | None) -> str:
-    return f"<td>{'-' if value is None else f'{value:.2f}' if isinstance(value, float) else escape(str(value))}</td>"

@@ -149,7 +149,13 @@ APPLICATIONS = {
     "findings",
     "run_history",
     "study",
+    "charts",
     "report",
+    "report_parts",
+    "report_proof",
+    "report_reasons",
+    "report_results",
+    "report_style",
 }
 ENTRANCES = {"crqat_fx", "crqat_fx.__main__", "crqat_fx.cli"}
 FOR_EVERYTHING = {"crqat_fx", "passes", "torch", "numpy", "cv2", "rich", "matplotlib", "tensorboardX", "onnx", "onnx_ir"}

@@ -1,0 +1,261 @@
+"""What a reader of a report wants first: the closing table with what it comes to, and what the models find on pictures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from crqat_fx.charts import Series, axis, key, rows, scatter
+from crqat_fx.findings import GROUPS, BoxPixels, Found, Model, Picture, Study, closing_table
+from crqat_fx.report_parts import NOTHING, Cell, Part, figure, grid, named, table
+
+MATCHED = 0.5  # overlap from which a box is said to be on its object
+LISTED = 12  # boxes a picture that are told by name
+
+
+# --- the table ---
+
+
+def verdict(study: Study) -> str:
+    """What it comes to, in a sentence or two: the last model that was trained, or else the last one, against the first."""
+    first = study.models[0]
+    others = study.models[1:]
+    if not others:
+        return f"{first.label} alone was measured: {_ap(first)}."
+    chosen = next((model for model in reversed(others) if model.training is not None), others[-1])
+    untrained = [model for model in others if model.training is None and model.recipe == chosen.recipe and model is not chosen]
+    parts = []
+    ours, theirs = _whole(chosen), _whole(first)
+    if ours is not None and theirs:
+        kept = f"{chosen.label} keeps {ours:.1f} of {theirs:.1f} AP"
+        novel, of_novel = _whole(chosen, "novel"), _whole(first, "novel")
+        parts.append(kept + (f" ({novel:.1f} of {of_novel:.1f} on novel names)" if novel is not None and of_novel is not None else ""))
+    if chosen.counted is not None and first.counted is not None and chosen.counted.size_mib:
+        parts.append(f"{'it' if parts else chosen.label} is {first.counted.size_mib / chosen.counted.size_mib:.1f} times smaller")
+    if chosen.speed is not None:
+        parts.append(f"runs {chosen.speed.ratio.median:.1f} times as fast")
+    told = (
+        ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0] if parts else "Neither accuracy nor cost was measured"
+    )
+    ptq = _whole(untrained[-1]) if untrained and chosen.training is not None else None
+    without = f" Not trained, the same bits give {ptq:.1f}." if ptq is not None and ours is not None else ""
+    return f"{told}.{without}{_proved(study)}"
+
+
+def _proved(study: Study) -> str:
+    verified = [model for model in study.models if model.ladder is not None]
+    wrong = [model.label for model in verified if model.ladder is not None and not model.ladder.passed]
+    if wrong:
+        return f" The exported file of {', '.join(wrong)} does not compute what the model does: see the ladder."
+    return " The exported files compute what the models do, tensor by tensor." if verified else ""
+
+
+def _whole(model: Model, group: str = "all") -> float | None:
+    return None if model.accuracy is None else model.accuracy.ap.get(group)
+
+
+def _ap(model: Model) -> str:
+    return "AP was not measured" if _whole(model) is None else f"AP {_whole(model):.1f}"
+
+
+def results(study: Study) -> str:
+    head, lines = closing_table(study)
+    first = lines[0]
+    body = []
+    for model, line in zip(study.models, lines, strict=True):
+        cells: list[str | Cell] = [Cell(str(line[0]), _kind(model))]
+        for name, value, reference in zip(head[1:], line[1:], first[1:], strict=True):
+            cells.append(_result(name, value, reference, model, model is study.models[0]))
+        body.append(cells)
+    scored = [model for model in study.models if model.accuracy is not None]
+    return table("closing table", head, body) + grid(_charts(study, scored)) + (_measured(scored) if scored else "")
+
+
+def _kind(model: Model) -> str:
+    if model.kind == "float":
+        return "floats"
+    trained = "" if model.training is None else f", {model.training.method}"
+    weights = f", {model.weights} weights" if model.weights != "only" else ""
+    return f"{model.recipe}, {model.target}{trained}{weights}"
+
+
+def _result(name: str, value: str | float | None, reference: str | float | None, model: Model, is_first: bool) -> Cell:
+    """A number with how it stands to the first model's."""
+    if value is None or isinstance(value, str):
+        return Cell(NOTHING if value is None else value)
+    known = isinstance(reference, float | int) and not is_first
+    if name.startswith("AP"):
+        return Cell(f"{value:.1f}", f"{value - float(reference or 0):+.1f}" if known else "")
+    if name in ("MiB", "GBOPs"):
+        return Cell(f"{value:.2f}" if value < 100 else f"{value:,.0f}", f"÷ {float(reference or 0) / value:.1f}" if known and value else "")
+    if name == "times as fast":
+        spread = model.speed.ratio if model.speed is not None and not is_first else None
+        return Cell(f"{value:.2f}", "" if spread is None else f"{spread.low:.2f} to {spread.high:.2f}")
+    return Cell(f"{value:.4f}")
+
+
+def _charts(study: Study, scored: Sequence[Model]) -> Iterator[str]:
+    """AP by group, where there is more than the whole to tell; and what it costs."""
+    legend = key(named(scored, study))
+    found = [group for group in GROUPS if any(model.accuracy and model.accuracy.ap.get(group) is not None for model in scored)]
+    if len(found) > 1:
+        series = [
+            (label, place, [model.accuracy.ap.get(group) if model.accuracy else None for group in found])
+            for model, (label, place) in zip(scored, named(scored, study), strict=True)
+        ]
+        known = [value for _, _, values in series for value in values if value is not None]
+        drawn = rows("AP by group of names", [GROUPS[group] for group in found], series, axis("AP", known))
+        yield figure("AP by group of names", drawn + legend)
+    costs: tuple[tuple[str, str, Callable[[Model], float | None]], ...] = (
+        ("AP against size: up and left is better", "MiB", lambda model: None if model.counted is None else model.counted.size_mib),
+        (
+            "AP against speed: up and right is better",
+            "times as fast",
+            lambda model: None if model.speed is None else model.speed.ratio.median,
+        ),
+    )
+    for caption, label, cost in costs:
+        points = [
+            Series(name, place, ((at, ap),))
+            for model, (name, place) in zip(scored, named(scored, study), strict=True)
+            if (at := cost(model)) is not None and (ap := _whole(model)) is not None
+        ]
+        if len(points) > 1:
+            x = axis(label, [each.points[0][0] for each in points], from_zero=True)
+            y = axis("AP", [each.points[0][1] for each in points])
+            yield figure(caption, scatter(caption, points, x, y) + legend)
+
+
+def _measured(scored: Sequence[Model]) -> str:
+    ways = dict.fromkeys((each.accuracy.pictures, each.accuracy.objects, each.accuracy.engine) for each in scored if each.accuracy)
+    told = "; ".join(f"{pictures} pictures with {objects} objects, in {engine}" for pictures, objects, engine in ways)
+    sizes = "MiB and GBOPs (bit operations, billions) are counted on the graph as an export runs it"
+    drift = "region-text and region-region are mean absolute errors of similarity against the first model"
+    return f'<p class="note">AP on {escape(told)}. {sizes}; {drift}.</p>'
+
+
+# --- pictures ---
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Boxes of one picture: those that are right, by place, and the objects that nothing found."""
+
+    right: frozenset[int]
+    missed: tuple[int, ...]
+
+
+def judged(picture: Picture, found: Found) -> Judged:
+    """Best first: a box is right on an object of its name that no better box took, from an overlap of `MATCHED` on."""
+    free = set(range(len(picture.boxes)))
+    right = set()
+    for place, (box, name) in enumerate(zip(found.boxes, found.names, strict=True)):
+        of_name = [each for each in free if picture.names[each] == name]
+        if not of_name:
+            continue
+        share, best = max((overlap(box, picture.boxes[each]), each) for each in of_name)
+        if share >= MATCHED:
+            right.add(place)
+            free.discard(best)
+    return Judged(frozenset(right), tuple(sorted(free)))
+
+
+def overlap(one: BoxPixels, other: BoxPixels) -> float:
+    """Intersection over union."""
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    tall = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(wide, 0.0) * max(tall, 0.0)
+    areas = sum((right - left) * (bottom - top) for left, top, right, bottom in (one, other))
+    return shared / (areas - shared) if areas > shared else 0.0
+
+
+def pictures(study: Study) -> str:
+    legend = (
+        '<ul class="key"><li><svg viewBox="0 0 18 14" width="18" height="14" aria-hidden="true">'
+        '<rect class="box-right" x="2" y="2" width="14" height="10"/></svg> right</li>'
+        '<li><svg viewBox="0 0 18 14" width="18" height="14" aria-hidden="true">'
+        '<rect class="box-wrong" x="2" y="2" width="14" height="10"/></svg> wrong name or place, or twice</li>'
+        '<li><svg viewBox="0 0 18 14" width="18" height="14" aria-hidden="true">'
+        '<rect class="box-missed" x="2" y="2" width="14" height="10"/></svg> missed</li></ul>'
+    )
+    shown = []
+    for place, picture in enumerate(study.shown):
+        columns = [_annotated(picture, place)]
+        columns += [_detected(model, model.found[place], picture, place) for model in study.models]
+        shown.append(f"<h3>{escape(picture.name)}</h3>{grid(columns, 'pictures')}")
+    return legend + "".join(shown) if shown else ""
+
+
+def _annotated(picture: Picture, place: int) -> str:
+    boxes = [_box(box, "box-truth", str(number), name, picture) for number, (box, name) in enumerate(_zip(picture), 1)]
+    drawn = overlay(picture, boxes, f"picture-{place}", f"{picture.name} as annotated", first=True)
+    return figure("annotated", f"{drawn}<p>{len(boxes)} objects</p>" + _list([Cell(name) for name in picture.names], "annotated objects"))
+
+
+def _zip(picture: Picture) -> Iterator[tuple[BoxPixels, str]]:
+    return zip(picture.boxes, picture.names, strict=True)
+
+
+def _detected(model: Model, found: Found, picture: Picture, place: int) -> str:
+    seen = judged(picture, found)
+    boxes = [_box(picture.boxes[each], "box-missed", "", f"missed: {picture.names[each]}", picture) for each in seen.missed]
+    entries = []
+    for number, (box, name, score) in enumerate(zip(found.boxes, found.names, found.scores, strict=True)):
+        right = number in seen.right
+        told = f"{name} {score:.2f}"
+        boxes.append(_box(box, "box-right" if right else "box-wrong", str(number + 1), f"{told}, {'right' if right else 'wrong'}", picture))
+        entries.append(Cell(name, f"{score:.2f}", "right" if right else "wrong"))
+    told = f"{len(seen.right)} right, {len(found.boxes) - len(seen.right)} wrong, {len(seen.missed)} missed"
+    order = sorted(range(len(boxes)), key=lambda each: (each - len(seen.missed) in seen.right, -each))  # right ones, and the best, on top
+    drawn = overlay(picture, [boxes[each] for each in order], f"picture-{place}", f"{picture.name}: what {model.label} finds: {told}")
+    return figure(model.label, f"{drawn}<p>{told}</p>" + _list(entries, f"what {model.label} finds"))
+
+
+def _list(entries: Sequence[Cell], label: str) -> str:
+    """Numbers as they stand at the boxes, names, scores."""
+    told = "".join(
+        f'<li class="{each.kind}">{escape(each.text)}{f" <b>{escape(each.below)}</b>" if each.below else ""}'
+        f"{' <i>wrong</i>' if each.kind == 'wrong' else ''}</li>"
+        for each in entries[:LISTED]
+    )
+    more = f"<p>and {len(entries) - LISTED} more</p>" if len(entries) > LISTED else ""
+    return f'<ol class="found" aria-label="{escape(label)}">{told}</ol>{more}' if told else '<p class="note">nothing</p>'
+
+
+def _box(box: BoxPixels, kind: str, label: str, told: str, picture: Picture) -> str:
+    left, top, right, bottom = box
+    size = max(picture.width, picture.height)
+    text = ""
+    if label:
+        high, wide = size / 17, size / 17 * (0.35 + 0.58 * len(label))
+        x, y = min(max(left, 0), picture.width - wide), min(max(top, 0), picture.height - high)
+        text = (
+            f'<rect class="{kind} plate" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high:.1f}"/>'
+            f'<text class="plate-text" x="{x + wide / 2:.1f}" y="{y + high * 0.8:.1f}" font-size="{high * 0.85:.1f}"'
+            f' text-anchor="middle">{escape(label)}</text>'
+        )
+    shape = f'x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0):.1f}" height="{max(bottom - top, 0):.1f}"'
+    return f'<g><title>{escape(told)}</title><rect class="{kind}" {shape}/>{text}</g>'
+
+
+def overlay(picture: Picture, drawn: Sequence[str], address: str, label: str, *, first: bool = False, kind: str = "") -> str:
+    """Shapes on a picture. Where it is the `first` to show it the picture itself is here, which the others refer to."""
+    size = f'width="{picture.width}" height="{picture.height}"'
+    image = f'<image id="{address}" {size} href="data:image/jpeg;base64,{escape(picture.jpeg)}"/>' if first else f'<use href="#{address}"/>'
+    return (
+        f'<svg class="picture{kind}" viewBox="0 0 {picture.width} {picture.height}" role="img" aria-label="{escape(label)}">'
+        f'<g class="pixels">{image}</g>{"".join(drawn)}</svg>'
+    )
+
+
+RESULTS = Part(
+    "results",
+    "What it comes to",
+    "One row a model; below a number how it stands to the first row. AP in percent: higher is better.",
+    results,
+)
+PICTURES = Part(
+    "pictures",
+    "What the models find",
+    "The same pictures under each model; numbers lead from a box to its name and score.",
+    pictures,
+)
