@@ -78,7 +78,7 @@ class Pieces:
             if place.value + FED in taken
         }
 
-    def found(self, given: Mapping[str, npt.NDArray[np.generic]], recorded: Mapping[str, Codes]) -> Found:
+    def found(self, given: Mapping[str, npt.NDArray[Any]], recorded: Mapping[str, Codes]) -> Found:
         """What a run gave."""
         return Found(
             {name: place.as_recorded(given[place.value], recorded[name].shape) for name, place in self.values.items()},

@@ -8,12 +8,13 @@
     4  optimised    the same with optimizations: at most 1e-3 off, by one step
     5  accuracy     AP of both within .2, where a set is given
 
+A file that leaves axes open is run at others too, and one with NMS judged by its detections (`crqat_fx.trials`).
+
 What is off in one piece cannot add up in the next: the first tensor that departs is the one at fault. The whole file, from the picture on,
 is run as well, and its steps are reported and not judged: one tie cascades through all that follows.
 """
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,14 +30,13 @@ from torch import Tensor
 
 from crqat_fx.errors import UserError
 from crqat_fx.lower import Lowered, lower
-from crqat_fx.metadata import IMAGES, TEXT, Metadata
-from crqat_fx.models.yolo_world import decode_boxes, flatten_levels
+from crqat_fx.metadata import IMAGES, Metadata
 from crqat_fx.onnx_cuts import LARGEST, SHIFTED, Codes, cut
-from crqat_fx.onnx_detector import as_floats, read_onnx
-from crqat_fx.pictures import letterbox
+from crqat_fx.onnx_detector import read_onnx
 from crqat_fx.progress import Progress
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.recording import Record, expected_in_file, record_lowered, record_prepared, remade_products
+from crqat_fx.trials import DetectorTrials, Selected, Trial
 from crqat_fx.vocabulary import Vocabulary
 
 Array = npt.NDArray[np.generic]
@@ -46,6 +46,7 @@ FEW = 4
 PLAIN_SHARE, OPTIMISED_SHARE = 1e-4, 1e-3
 AP_APART = 0.2
 PUT_OUT = 1e-3  # of the largest value of an output in floating point
+SELECTED = 1e-3  # a detection's pixels, score and label
 PICTURE_CODES = (f"quant.{IMAGES}.output.codes",)  # a picture in bytes is its codes
 
 
@@ -114,46 +115,21 @@ def verify_file(
     """Rungs 1 to 4 of a file that `export` wrote, on pictures (RGB [H, W, 3], of any size). `vocabulary` is the one that was given to
     `export`, where it is not the prepared model's own."""
     metadata = read_onnx(path).metadata
-    texts = vocabulary or prepared.vocabulary
+    texts = prepared.vocabulary if vocabulary is None else vocabulary
     _check_pair(prepared, metadata, texts, path)
     assert texts is not None  # what was checked
     lowered = lower(prepared, texts if metadata.text == "constant" else None)
-    model = onnx.load(path)
-    names = {each.name: each for each in model.graph.input}
-    batch = names[IMAGES].type.tensor_type.shape.dim[0].dim_value or 1
-    boxed = (letterbox(picture, metadata.size)[0] for picture in pictures)
-
-    def batches() -> Iterator[tuple[Tensor, ...]]:
-        text = torch.from_numpy(texts.embeddings).expand(batch, -1, -1)
-        for group in iter(lambda: list(itertools.islice(boxed, batch)), []):
-            filled = np.stack([*group, *[group[-1]] * (batch - len(group))])  # a fixed batch is filled up
-            yield torch.from_numpy(as_floats(filled)), text
-
-    def feeds(inputs: tuple[Tensor, ...]) -> dict[str, Array]:
-        images, text = (each.numpy() for each in inputs)
-        as_bytes = np.ascontiguousarray((images * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
-        given = {IMAGES: as_bytes if metadata.input == "uint8" else images, TEXT: text}
-        return {name: given[name] for name in names}
-
-    def expected(outputs: Any) -> dict[str, Array]:
-        logits, bins = outputs
-        if metadata.outputs == "decoded":
-            return {"boxes": decode_boxes(bins).numpy(), "scores": flatten_levels(logits).sigmoid().numpy()}
-        by_level = zip(metadata.strides, logits, bins, strict=True)  # what NMS keeps follows from these, and is no value of each cell
-        raw = {
-            f"{kind}_{stride}": level.numpy() for stride, *pair in by_level for kind, level in zip(("logits", "bins"), pair, strict=True)
-        }
-        return raw if metadata.outputs == "raw" else {}
-
+    runs = DetectorTrials(onnx.load(path), metadata, texts)
     return verify(
         prepared,
         lowered,
-        model,
-        batches(),
-        feeds,
-        expected,
+        runs.model,
+        runs.trials(pictures),
+        runs.feeds,
+        runs.expected,
+        runs.selected,
         given=PICTURE_CODES if metadata.input == "uint8" else (),
-        count=-(-count // batch),
+        count=runs.runs(count),
         threads=threads,
         progress=progress,
     )
@@ -184,6 +160,7 @@ def _check_pair(prepared: Prepared, metadata: Metadata, texts: Vocabulary | None
             raise UserError(f"is of another {what} than the prepared model", where=path, remedy=again)
     if texts is None:
         raise UserError("the prepared model has no vocabulary", where=path, remedy="give the one that was exported with --vocabulary")
+    texts.check_width(metadata.text_width, path)
     if metadata.text == "constant" and texts.names != metadata.names:
         raise UserError("is of another vocabulary than the prepared model's", where=path, remedy="give it with --vocabulary")
 
@@ -192,42 +169,43 @@ def verify(
     prepared: Prepared,
     lowered: Lowered,
     model: onnx.ModelProto,
-    batches: Iterable[tuple[Tensor, ...]],
+    trials: Iterable[Trial],
     feeds: Callable[[tuple[Tensor, ...]], Mapping[str, Array]],
     expected: Callable[[Any], Mapping[str, Array]],
+    selected: Callable[[tuple[Tensor, ...], Mapping[str, Array]], Iterable[Selected]] = lambda inputs, outputs: (),
     *,
     given: Collection[str] = (),
     count: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Rungs 1 to 4 and the whole run, on batches of the prepared model's inputs. `feeds` makes the file's inputs of them; `expected` the
-    file's outputs of what the lowered graph puts out. `given`: codes that are an input of the file. `count`: of batches, for the progress.
-    """
+    """Rungs 1 to 4 and the whole run, on inputs of the prepared model. `feeds` makes the file's inputs of them; `expected` the file's
+    outputs of what the lowered graph puts out; `selected` are the detections that follow from other outputs. `given`: codes that are an
+    input of the file. `count`: of trials, for the progress."""
     tell = progress or (lambda done, total, text: None)
     first, remade = stored(prepared, lowered, model), remade_products(prepared, lowered)
     second, third, fourth, whole = _Tally(0.0), _Tally(PLAIN_SHARE), _Tally(OPTIMISED_SHARE), _Tally(1.0)
     with torch.no_grad():
-        for number, inputs in enumerate(batches):
+        for number, trial in enumerate(trials):
+            inputs, at = trial.inputs, "" if trial.axes is None else f" at {trial.axes}"
             tell(number, count, "lowered graph")
             recorded, outputs = record_lowered(lowered, inputs)
             wanted = expected(outputs)
-            second.add(_paired(record_prepared(prepared, inputs), recorded, remade))
+            second.add(_paired(record_prepared(prepared, inputs), recorded, remade), at)
             codes = {name: record.codes for name, record in recorded.items() if record.levels is not None}
             highest = {name: recorded[name].highest for name in codes}
             tell(number, count, "onnxruntime, from the picture on")
             unfed = cut(model, codes, highest, None).run(feeds(inputs), codes, optimised=True, threads=threads)
-            whole.add(_compared(name, codes[name], found, None) for name, found in unfed.codes.items())
+            whole.add((_compared(name, codes[name], found, None) for name, found in unfed.codes.items()), at)
             cuts = cut(model, codes, highest, unfed.shapes)
             for tally, optimised in ((third, False), (fourth, True)):
                 tell(number, count, "onnxruntime, optimised" if optimised else "onnxruntime, plain")
                 pieces = cuts.run(feeds(inputs), codes, optimised=optimised, threads=threads)
-                tally.missing |= codes.keys() - pieces.codes.keys() - set(given)
-                tally.add(
-                    _compared(name, codes[name], found, None if optimised else recorded[name].levels)
-                    for name, found in pieces.codes.items()
-                )
-                tally.add(_put_out(name, want, pieces.outputs[name]) for name, want in wanted.items())
+                tally.missing |= {name + at for name in codes.keys() - pieces.codes.keys() - set(given)}
+                levels = {name: None if optimised else recorded[name].levels for name in pieces.codes}
+                tally.add((_compared(name, codes[name], found, levels[name]) for name, found in pieces.codes.items()), at)
+                tally.add((_put_out(name, want, pieces.outputs[name]) for name, want in wanted.items()), at)
+                tally.add_selected(selected(inputs, pieces.outputs), at)
             tell(number + 1, count, "compared")
     rungs = (
         first,
@@ -244,12 +222,31 @@ class _Tally:
 
     def __init__(self, share: float) -> None:
         self.share, self.found, self.missing = share, dict[str, Difference](), set[str]()
+        self.pictures = self.at_limit = self.detections = 0  # of a file with NMS
 
-    def add(self, differences: Iterable[Difference]) -> None:
+    def add(self, differences: Iterable[Difference], at: str = "") -> None:
+        """`at` is where, if not at the file's usual axes."""
         for each in differences:
-            before = self.found.get(each.name, Difference(each.name))
+            name = each.name + at
+            before = self.found.get(name, Difference(name))
             steps = tuple(a + b for a, b in zip(before.steps, each.steps, strict=True))
-            self.found[each.name] = Difference(each.name, steps, before.astray + each.astray)
+            self.found[name] = Difference(name, steps, before.astray + each.astray)
+
+    def add_selected(self, pictures: Iterable[Selected], at: str) -> None:
+        for each in pictures:
+            self.pictures += 1
+            if each.at_limit:
+                self.at_limit += 1
+                continue
+            self.detections += each.wanted_count
+            counts = _put_out("counts", np.array(each.wanted_count), np.array(each.count), SELECTED)
+            self.add([_put_out("detections", each.wanted, each.found, SELECTED), counts], at)
+
+    @property
+    def told(self) -> str:
+        """What of the detections was judged."""
+        left = f", {self.at_limit} left out: an overlap lies at the limit" if self.at_limit else ""
+        return f"{self.detections} detections on {self.pictures} pictures{left}" if self.pictures else ""
 
     def rung(self, number: int | None, name: str) -> Rung:
         steps = tuple(sum(column) for column in zip(*(each.steps for each in self.found.values()), strict=True)) or (0, 0, 0, 0)
@@ -262,7 +259,7 @@ class _Tally:
         if self.missing or not self.found:
             first = min(self.missing, default="everything")
             return Rung(number, name, len(self.found), steps, False, first, f"{len(self.missing)} tensors are not to be found in the file")
-        return Rung(number, name, len(self.found), steps, True)
+        return Rung(number, name, len(self.found), steps, True, detail=self.told)
 
 
 def _compared(name: str, want: Codes, found: Array, levels: npt.NDArray[np.float32] | None) -> Difference:
@@ -278,12 +275,13 @@ def _compared(name: str, want: Codes, found: Array, levels: npt.NDArray[np.float
     return Difference(name, tuple(int(each) for each in counts), astray)
 
 
-def _put_out(name: str, want: Array, found: Array) -> Difference:
-    """An output in floating point."""
+def _put_out(name: str, want: Array, found: Array, within: float | None = None) -> Difference:
+    """An output in floating point; `within` so much, or else a share of the largest."""
     if want.shape != found.shape:
         return Difference(name, (0, 0, 0, want.size))
-    apart = np.abs(want.astype(np.float64) - found.astype(np.float64))
-    off = int((~(apart <= PUT_OUT * np.abs(want.astype(np.float64)).max())).sum())
+    wanted = want.astype(np.float64)
+    limit = PUT_OUT * np.abs(wanted).max(initial=0) if within is None else within
+    off = int((~(np.abs(wanted - found.astype(np.float64)) <= limit)).sum())
     return Difference(name, (want.size - off, 0, 0, off))
 
 

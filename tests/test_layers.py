@@ -138,6 +138,7 @@ APPLICATIONS = {
     "export",
     "verify",
     "recording",
+    "trials",
     "qat",
     "noise",
     "mixed_recipe",

@@ -19,6 +19,7 @@ from crqat_fx.lower import Lowered, lower
 from crqat_fx.quantize.calibrate import calibrate, picture_batches
 from crqat_fx.quantize.prepare import prepare
 from crqat_fx.quantize.prepared import Prepared
+from crqat_fx.trials import Trial
 from crqat_fx.verify import Difference, Verification, accuracy, verify, verify_file
 from passes.fx.collapse_match import RoundedBySelf
 
@@ -44,7 +45,7 @@ def judged(plan: Plan, prepared: Prepared, lowered: Lowered, model: onnx.ModelPr
     def expected(output: torch.Tensor) -> dict[str, np.ndarray]:
         return {model.graph.output[0].name: output.numpy()}
 
-    return verify(prepared, lowered, model, [inputs_of(plan, BATCH, 6)], feeds, expected, threads=1)
+    return verify(prepared, lowered, model, [Trial(inputs_of(plan, BATCH, 6))], feeds, expected, threads=1)
 
 
 # a failing network is small as it is: none is looked for that is smaller
