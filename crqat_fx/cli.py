@@ -19,6 +19,7 @@ from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET
 from crqat_fx.settings import resolve
 
 if TYPE_CHECKING:
+    from crqat_fx.bench import Operators
     from crqat_fx.checkpoint import Checkpoint
     from crqat_fx.data.samples import EvaluationSet
     from crqat_fx.mixed_recipe import Proposal
@@ -1229,7 +1230,9 @@ def bench(
     size: Annotated[int | None, typer.Option(help="picture size where a file leaves it open  [default: 640]", show_default=False)] = None,
     batch: Annotated[int | None, typer.Option(help="batch where a file leaves it open  [default: 1]", show_default=False)] = None,
     texts: Annotated[int | None, typer.Option(help="texts where a file leaves them open  [default: 80]", show_default=False)] = None,
-    operators: Annotated[bool, typer.Option("--operators", help="also show the time by operator, and what runs in integers")] = False,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="also show the time by operator and beside the first model's, and what is in integers")
+    ] = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -1237,6 +1240,7 @@ def bench(
     from crqat_fx.bench import BenchSettings, format_machine, operators_of
     from crqat_fx.bench import bench as run
     from crqat_fx.coverage import format_coverage
+    from crqat_fx.work import by_work
 
     flags = _given(threads=threads, rounds=rounds, runs=runs, size=size, batch=batch, texts=texts)
     resolved = resolve(BenchSettings, flags, config)
@@ -1244,7 +1248,9 @@ def bench(
         report = run(models, resolved.values, progress)
     details = [operators_of(model, resolved.values) for model in models] if operators else []
     if as_json:
-        console.show_json({**report.as_json(), "operators": [one.as_json() for one in details], "settings": resolved.as_json()})
+        work = [one.as_json() for one in by_work([each.times for each in details])] if details else []
+        described = {"operators": [one.as_json() for one in details], "work": work}
+        console.show_json({**report.as_json(), **described, "settings": resolved.as_json()})
         return
     first = report.timings[0]
     rows = [(one.name, one.bytes / 2**20, f"{one.milliseconds:.1f}", f"{one.times_faster_than(first):.2f}") for one in report.timings]
@@ -1253,7 +1259,21 @@ def bench(
         lines = [(one.kind, one.nodes, one.macs / 1e9, one.milliseconds) for one in each.times]
         console.show(console.table(str(each.path), ("operator", "nodes", "MACs G", "ms"), lines, digits=2))
         console.show(format_coverage(each.coverage))
+    for one in details[1:]:
+        _show_work(details[0], one)
     console.note(f"medians and quartiles; threads {report.settings.threads}; {format_machine(report.machine)}")
+
+
+def _show_work(first: "Operators", other: "Operators") -> None:
+    """Two files side by side, by kind of work."""
+    from crqat_fx.work import by_work
+
+    rows = []
+    for one in by_work([first.times, other.times]):
+        ratio = one.times_faster(1)
+        rows.append((one.name, *one.milliseconds, "" if ratio is None else f"{ratio:.2f}", one.above_ceiling(1)))
+    head = ("work", f"ms of {first.path.name}", f"ms of {other.path.name}", "times as fast", "ms above a quarter")
+    console.show(console.table("where the time goes, by the profiler", head, rows, digits=2))
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "crqat_fx.evaluate": {*PIXELS, "faster_coco_eval", "crqat_fx.data.samples", "crqat_fx.detect", "crqat_fx.detections"},
     "crqat_fx.onnx_profile": {*GROUND, "google.protobuf", "onnx", "onnxruntime", "crqat_fx.onnx_run", "crqat_fx.onnx_session"},
+    "crqat_fx.work": {"crqat_fx.onnx_profile"},
     "crqat_fx.coverage": {*GROUND, "crqat_fx.metadata", "crqat_fx.onnx_profile", "crqat_fx.onnx_run", "crqat_fx.recipe"},
     "crqat_fx.bench": {
         *GROUND,
