@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from checks import OPTIMISED, PLAIN
+from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from crqat_fx.checkpoint import load_model
@@ -25,9 +26,11 @@ from crqat_fx.lower import lower
 from crqat_fx.metadata import Metadata
 from crqat_fx.model_files import open_model
 from crqat_fx.models.yolo_world import YoloWorld, decode_boxes, flatten_levels
+from crqat_fx.onnx_cuts import cut
 from crqat_fx.quantize.calibrate import calibrate
 from crqat_fx.quantize.prepare import prepare
 from crqat_fx.quantize.prepared import Prepared
+from crqat_fx.recording import record_lowered
 from crqat_fx.torch_detector import TorchDetector
 from crqat_fx.vocabulary import Vocabulary
 
@@ -161,6 +164,36 @@ def test_text_as_an_input_gives_the_codes_of_text_that_is_folded_in(refreshed: P
     assert fewer["logits_8"].shape == (1, 3, SIZE // 8, SIZE // 8)
     both = run(runtime.path, {"images": torch.cat((picture(1), picture(2))), "text": EMBEDDINGS})
     equal({name: value[:1] for name, value in both.items()}, wanted)
+
+
+@pytest.mark.parametrize(("kind", "file", "collapsed"), [("refreshed", "folded", 0), ("narrow", "raw", 3)], ids=["v1", "v2"])
+def test_text_as_an_input_gives_equal_codes_in_every_tensor_but_what_v2_makes_of_a_constant_one(
+    kind: str, file: str, collapsed: int, request: pytest.FixtureRequest, tmp_path: Path
+):
+    made = request.getfixturevalue(kind)
+    runtime_file = export(made, tmp_path / "runtime.onnx", outputs="raw", runtime_text=True)
+    lowered = lower(made, None)
+    with torch.no_grad():
+        recorded, _ = record_lowered(lowered, (picture(1), EMBEDDINGS))
+    codes, highest = {name: each.codes for name, each in recorded.items()}, {name: each.highest for name, each in recorded.items()}
+    constant, runtime = (codes_of(each.path, codes, highest) for each in (request.getfixturevalue(file), runtime_file))
+    product = {name for name in codes if collapsed and name.endswith("match.output.codes")}
+    gone = {f"{name}.codes" for name in lower(made, TEXTS).collapsed}  # of the collapsed product, and of text whose use is stored
+    assert len(product) == collapsed
+    assert runtime.keys() == codes.keys()
+    assert constant.keys() == codes.keys() - gone
+    assert len(constant) > 150
+    for name in constant.keys() - product:
+        np.testing.assert_array_equal(constant[name], runtime[name], err_msg=name)
+
+
+def codes_of(path: Path, codes: Mapping[str, np.ndarray], highest: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Every tensor's codes, stored or computed by onnxruntime without optimizations, by name."""
+    file = onnx.load(path)
+    feeds = {"images": picture(1).numpy(), "text": EMBEDDINGS.numpy()}
+    given = {value.name: feeds[value.name] for value in file.graph.input}
+    stored = {value.name: numpy_helper.to_array(value) for value in file.graph.initializer if value.name in codes}
+    return {**stored, **cut(file, codes, highest, None).run(given, codes, optimised=False, threads=1).codes}
 
 
 @pytest.mark.slow
