@@ -36,10 +36,10 @@ GIVEN = {
 }  # fmt: skip
 
 
-def attention(batch: int, **constants: np.ndarray):
+def attention(batch: int, guides: int = 1, **constants: np.ndarray):
     shapes = {"by_head": np.int64([batch, HEADS, WIDTH, 12]), "apart": np.int64([batch, HEADS, 1, 12]), "whole": np.int64([batch, 8, 3, 4])}
     runtime = "texts" not in constants
-    text = ATTENTION.format(batch=batch, input=", int8[1,2,5,4] texts" if runtime else "", zt="")
+    text = ATTENTION.format(batch=batch, input=f", int8[{guides},2,5,4] texts" if runtime else "", zt="")
     return onnx_model(text, **{**GIVEN, **shapes, **constants})
 
 
@@ -58,14 +58,10 @@ GATE = """w2.maps = DequantizeLinear(codes.nhwc, float32(0.05), uint8(120))
             return y: uint8[{batch}, 8, 3, 4]"""
 
 
-def test_writes_a_constant_guide_as_a_convolution(tmp_path):
-    model = check_lowering(
-        ChannelsLastAttention(),
-        attention(2, texts=GUIDE),
-        after="""
-            x: uint8[2, 8, 3, 4] = input
-            p: uint8[2, 8, 3, 4] = input
-            texts.kernels = Reshape(int8[1x2x5x4], int64[10, 4, 1, 1])
+CONVOLVED = """
+            x: uint8[{batch}, 8, 3, 4] = input
+            p: uint8[{batch}, 8, 3, 4] = input{text_input}
+            texts.kernels = Reshape({texts}, int64[10, 4, 1, 1])
             best.weight = DequantizeLinear[axis=0](texts.kernels, float32[10])
             best.maps = DequantizeLinear(x, float32(0.02), uint8(110))
             bias.texts = Expand(int32[300, -500], int64[2, 5])
@@ -77,19 +73,32 @@ def test_writes_a_constant_guide_as_a_convolution(tmp_path):
             best.scores.texts = Reshape(best.scores.last, int64[0, 0, 0, 2, 5])
             codes.nhwc = ReduceMax[keepdims=0](best.scores.texts, int64[4])
             """
-        + GATE.format(batch=2),
-        rewrites=3,
-    )
+
+
+def test_writes_a_constant_guide_as_a_convolution(tmp_path):
+    after = CONVOLVED.format(batch=2, texts="int8[1x2x5x4]", text_input="") + GATE.format(batch=2)
+    model = check_lowering(ChannelsLastAttention(), attention(2, texts=GUIDE), after=after, rewrites=3)
     kinds = optimised_kinds(model, tmp_path)
     assert (kinds["QLinearConv"], kinds["QLinearSigmoid"], kinds["QLinearMul"]) == (1, 1, 1)
     assert not {"Conv", "MatMul", "Sigmoid", "Mul", "QuantizeLinear", "DequantizeLinear"} & kinds.keys()
 
 
-def test_multiplies_any_other_guide_head_by_head(tmp_path):
-    model = attention(2)
+def test_writes_a_guide_that_is_computed_as_a_convolution_where_there_is_one_for_the_batch(tmp_path):
+    for batch in (1, 2):
+        after = CONVOLVED.format(batch=batch, texts="texts", text_input="\n            texts: int8[1, 2, 5, 4] = input") + GATE.format(
+            batch=batch
+        )
+        model = check_lowering(ChannelsLastAttention(), attention(batch), after=after, rewrites=3)
+        kinds = optimised_kinds(model, tmp_path)
+        assert kinds["QLinearConv"] == 1
+        assert not {"Conv", "MatMul", "MatMulIntegerToFloat", "Add", "Mul", "QuantizeLinear", "DequantizeLinear"} & kinds.keys()
+
+
+def test_multiplies_guides_of_their_own_head_by_head(tmp_path):
+    model = attention(2, guides=2)
     kinds = [node.op_type for node in ChannelsLastAttention()(model).graph.graph]
     assert kinds.count("MatMul") == HEADS
-    model = check_lowering(ChannelsLastAttention(), attention(2), after=RUNTIME + GATE.format(batch=2), rewrites=3)
+    model = check_lowering(ChannelsLastAttention(), attention(2, guides=2), after=RUNTIME + GATE.format(batch=2), rewrites=3)
     found = optimised_kinds(model, tmp_path)
     assert found["MatMulIntegerToFloat"] == HEADS
     assert "MatMul" not in found
@@ -98,7 +107,7 @@ def test_multiplies_any_other_guide_head_by_head(tmp_path):
 RUNTIME = """
             x: uint8[2, 8, 3, 4] = input
             p: uint8[2, 8, 3, 4] = input
-            texts: int8[1, 2, 5, 4] = input
+            texts: int8[2, 2, 5, 4] = input
             best.maps.last = Transpose[perm=[0, 2, 3, 1]](x)
             best.places.codes = Reshape(best.maps.last, int64[0, -1, 8])
             best.0.codes, best.1.codes = Split[axis=2](best.places.codes, int64[4, 4])

@@ -1,6 +1,6 @@
 """Writes max-sigmoid attention on codes channels last: what a position's best text is stands then in neighbouring bytes.
 
-    codes = Q(ReduceMax_n(guide [1,m,N,c] @ x [B,m,c,HW]) f + b)           of a guide that is constant
+    codes = Q(ReduceMax_n(guide [1,m,N,c] @ x [B,m,c,HW]) f + b)           of one guide for the batch, of a number of texts that is known
     becomes   ReduceMax_n(Q(Conv(x [B,C,H,W], guide f as [mN,c,1,1], b of each head N times, groups m)) as [B,H,W,m,N])
 
     of any other guide [T,m,N,c]    becomes   Q(ReduceMax_n(x_h [B,HW,c] @ guide_h^T) f + b), head by head
@@ -8,8 +8,9 @@
     Q(Sigmoid(codes))               stays as it is, channels last
     Q(y [B,m,c,HW] s [B,m,1,HW])    becomes   Q(y [B,H,W,m,c] s [B,H,W,m,1])
 
-Rounding never changes which of two is larger, so that it may come before the maximum. b is in codes of an int32 already. Left alone: a
-guide or an x that is not read from codes, an x with a scale a head, a result that is not written to codes of one scale.
+Rounding never changes which of two is larger, so that it may come before the maximum. A guide may be computed: the integer convolution
+takes its weight as an input. b is in codes of an int32 already. Left alone: a guide or an x that is not read from codes, an x with a scale
+a head, a result that is not written to codes of one scale.
 """
 
 from collections.abc import Sequence
@@ -100,14 +101,14 @@ def _scores(graph: ir.Graph, attention: _Attention) -> ir.Value:
     end = attention.codes.codes.producer()
     assert end is not None
     write = Writer(graph, end)
-    stored = constant_of(attention.guide.codes)
-    if stored is None or stored.shape[0] != 1 or (attention.bias is not None and constant_of(attention.bias.codes) is None):
+    sets, _, texts, width = dims(attention.guide.codes) or (None,) * 4
+    if sets != 1 or texts is None or width is None or (attention.bias is not None and constant_of(attention.bias.codes) is None):
         return _by_head(write, attention)
-    return _convolved(write, attention, *stored.shape[2:])
+    return _convolved(write, attention, texts, width)
 
 
 def _convolved(write: Writer, attention: _Attention, texts: int, width: int) -> ir.Value:
-    """A guide that is constant is the kernel of a convolution of groups."""
+    """One guide is the kernel of a convolution of groups."""
     path, guide, heads = attention.path, attention.guide, attention.heads
     batch, _, height, columns = dims(attention.maps) or ()
     turned = write.numbers(f"{path}.kernel_shape", heads * texts, width, 1, 1)
