@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -756,6 +757,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="of the order of the data  [default: 0]", show_default=False)] = None,
     log_every: LogEvery = None,
     save_every: SaveEvery = None,
+    ap_pictures: Annotated[
+        int | None,
+        typer.Option(help="score AP on so many pictures as each phase opens and as it ends  [default: 0, no AP]", show_default=False),
+    ] = None,
     resume: Resume = False,
     config: Config = None,
     as_json: Json = False,
@@ -772,7 +777,7 @@ def train(
     flags = _given(
         teacher=teacher, data=data, method=method, relations=relations, norm=norm, size=size, texts=texts, pictures=pictures, steps=steps,
         batch=batch, accumulate=accumulate, rate=rate, precision=precision, device=device, threads=threads, workers=workers, seed=seed,
-        log_every=log_every, save_every=save_every,
+        log_every=log_every, save_every=save_every, ap_pictures=ap_pictures,
     )  # fmt: skip
     carried = settings_of(out) if resume else {"size": read_saved(prepared).size}
     resolved = resolve(QatSettings, flags, config, carried)
@@ -786,6 +791,10 @@ def _show_training(result: "TrainResult", settings: dict[str, Any], as_json: boo
     if result.first and as_json:
         console.show_json({**dataclasses.asdict(result), "settings": settings})
     elif result.first:
+        if result.ap:
+            opened, ended = ([line[name] for line in result.ap if name in line] for name in ("ap_opening", "ap"))
+            rows = [(number, *pair) for number, pair in enumerate(zip_longest(opened, ended), 1)]
+            console.show(console.table("AP", ("phase", "as it opens", "as it ends"), rows))
         console.note(f"step {result.steps} after {result.seconds:.0f} s; {what} {result.model}")
         for deed, counts in (("skipped", result.skipped), ("repaired", result.repaired)):
             if counts:

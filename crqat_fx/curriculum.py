@@ -160,10 +160,5 @@ def newly_quantized(phases: Sequence[Phase], index: int) -> tuple[str, ...]:
     return tuple(stage for stage in phases[index].quantized if stage not in before)
 
 
-def newly_trained(phases: Sequence[Phase], index: int) -> tuple[str, ...]:
-    before = phases[index - 1].trained if index else ()
-    return tuple(stage for stage in phases[index].trained if stage not in before)
-
-
 def _wrong(what: str, remedy: str) -> UserError:
     return UserError(what, where="the curriculum", remedy=remedy)

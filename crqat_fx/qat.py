@@ -3,6 +3,7 @@
     run/started.pt          the model that the run began with, its ranges set: what post-training quantization alone gives
     run/prepared.pt         the averaged weights, norms estimated anew, beside the raw ones: a prepared model
     run/quantizers.jsonl    every quantizer's scale, zero point, clipped and flipped codes, every `watch_every` steps
+    run/log.jsonl           also the AP as a phase opens (`ap_opening`) and as it ends (`ap`), where `ap_pictures` asks for it
 
 The loss of a batch of B pictures is
 
@@ -21,7 +22,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -46,14 +47,18 @@ from crqat_fx.curriculum import (
     read_phases,
 )
 from crqat_fx.data.batch import Batch
+from crqat_fx.data.opening import open_evaluation
+from crqat_fx.data.samples import EvaluationSet, FirstPictures
 from crqat_fx.data.shapes import ShapesTask
 from crqat_fx.data.training import DataSettings, open_for
 from crqat_fx.distill import Relations, feature_loss, relation_loss
 from crqat_fx.distributed import ALONE, Processes, synchronise_norms
 from crqat_fx.ema import MovingAverage
 from crqat_fx.errors import UserError
+from crqat_fx.evaluate import category_slots, evaluate
 from crqat_fx.losses import Losses, detection_loss
 from crqat_fx.models.yolo_world import YoloWorld, anchor_points, decode_boxes, flatten_levels
+from crqat_fx.noise import evaluating
 from crqat_fx.pipelines import prepare_passes
 from crqat_fx.progress import Progress
 from crqat_fx.quantize.calibrate import PICTURES, calibrate
@@ -62,6 +67,7 @@ from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepare import load_prepared
 from crqat_fx.quantize.prepared import Calibration, Prepared, border
 from crqat_fx.quantize.watch import watching
+from crqat_fx.torch_detector import TorchDetector
 from crqat_fx.trace import Example, trace
 from crqat_fx.train import (
     BatchSource,
@@ -75,11 +81,14 @@ from crqat_fx.train import (
     run,
     workplace,
 )
+from crqat_fx.vocabulary import Vocabulary
 from passes.fx.fold_batchnorm import FoldBatchNorm
 
 logger = logging.getLogger(__name__)
 
 STARTED, PREPARED = "started.pt", "prepared.pt"
+TAPPED = {BACKBONE_FEATURES: 0, NECK_FEATURES: 1}  # losses of features, and the stage whose they are
+Scored = tuple[EvaluationSet, Vocabulary | None]  # a set, and the texts it is scored under; None takes the model's own
 RAMP = 0.2  # of an average's horizon: the published average's, 2,000 of 10,000 steps
 
 
@@ -87,7 +96,7 @@ RAMP = 0.2  # of an average's horizon: the published average's, 2,000 of 10,000 
 class QatSettings(LoopSettings, DataSettings):
     """Settings of a run. The defaults are the published ones where those are known."""
 
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*LoopSettings.MAY_CHANGE, "workers", "watch_every", "teacher")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*LoopSettings.MAY_CHANGE, "workers", "watch_every", "ap_pictures", "teacher")
 
     steps: int = 10_000
     rate: float = 2e-4  # not published
@@ -110,11 +119,12 @@ class QatSettings(LoopSettings, DataSettings):
     calibration: int = PICTURES  # pictures of the training that ranges are set on
     reestimate: int = 20  # batches that the average's norms are estimated on
     watch_every: int = 100
+    ap_pictures: int = 0  # pictures that AP is scored on as a phase opens and as it ends; 0: no AP
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_data()
-        for name in ("kd_weight", "pkd_factor", "trkd_factor", "quantizer_rate", "reestimate"):
+        for name in ("kd_weight", "pkd_factor", "trkd_factor", "quantizer_rate", "reestimate", "ap_pictures"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
         for name in ("calibration", "watch_every"):
@@ -126,9 +136,13 @@ class QatSettings(LoopSettings, DataSettings):
 
     def plan(self, stages: tuple[str, ...]) -> tuple[Phase, ...]:
         """The phases for a model of these stages."""
-        if self.phases is not None:
-            return read_phases(self.phases)
-        found = curriculum(
+        found = read_phases(self.phases) if self.phases is not None else self._method(stages)
+        if self.relations != "none":
+            return found
+        return tuple(replace(phase, losses=tuple(name for name in phase.losses if name != RELATIONS)) for phase in found)
+
+    def _method(self, stages: tuple[str, ...]) -> tuple[Phase, ...]:
+        return curriculum(
             self.method,
             stages,
             neck_features=self.neck_features,
@@ -137,9 +151,6 @@ class QatSettings(LoopSettings, DataSettings):
             ema=self.ema,
             shares=self.shares,
         )
-        if self.relations != "none":
-            return found
-        return tuple(replace(phase, losses=tuple(name for name in phase.losses if name != RELATIONS)) for phase in found)
 
 
 def train_file(
@@ -161,8 +172,11 @@ def train_file(
     if source.text_width != prepared.config.text_width:
         what = f"its texts are {source.text_width} wide, the model's {prepared.config.text_width}"
         raise UserError(what, where=settings.data, remedy="embed them with the model's own text encoder")
+    scored = open_evaluation(settings.data, settings.size, settings.ap_pictures) if settings.ap_pictures else None
     teacher = None if settings.teacher is None else load_model(settings.teacher)[0]
-    return train_prepared(prepared, source, settings, out, teacher=teacher, origins=origins, progress=progress, resume=resume)
+    return train_prepared(
+        prepared, source, settings, out, teacher=teacher, scored=scored, origins=origins, progress=progress, resume=resume
+    )
 
 
 def train_prepared(
@@ -172,17 +186,18 @@ def train_prepared(
     out: Path,
     *,
     teacher: YoloWorld | None = None,
+    scored: Scored | None = None,
     origins: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     resume: bool = False,
 ) -> TrainResult:
     """Trains a prepared YOLO-World in place from wherever `out` stands to `settings.steps`, and leaves `out/prepared.pt`.
 
-    `teacher` is changed, and is not to be used again; methods that do not teach leave it unread. An interrupt (Ctrl-C) ends the step under
-    way, saves and returns.
+    `teacher` is changed, and is not to be used again; methods that do not teach leave it unread. `scored` is what AP is
+    scored on where the settings ask for it. An interrupt (Ctrl-C) ends the step under way, saves and returns.
     """
     with workplace(settings, out, resume) as (device, processes):
-        course = QatCourse(prepared, settings, source, device, processes, teacher)
+        course = QatCourse(prepared, settings, source, device, processes, teacher, scored)
         return run(course, source, out, device, processes, origins=origins, progress=progress, resume=resume)
 
 
@@ -200,6 +215,7 @@ class QatCourse(Course):
         device: torch.device,
         processes: Processes = ALONE,
         teacher: YoloWorld | None = None,
+        scored: Scored | None = None,
     ) -> None:
         if prepared.config is None:
             raise _no_yolo_world("the prepared model")
@@ -215,8 +231,9 @@ class QatCourse(Course):
         self.model = prepared.graph.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.forward = self.model
-        for phase in self.phases:
-            prepared.set_phase(phase)  # refuses stages that there are not
+        for number, phase in enumerate(self.phases, 1):
+            self._check(number, phase)
+        self.scored = self._scored_by(scored) if settings.ap_pictures else None
         self.teacher: GraphModule | None = None
         self.identities = {"prepared model": prepared.digest()}
         if any(phase.taught for phase in self.phases):
@@ -251,6 +268,20 @@ class QatCourse(Course):
 
     # --- phases ---
 
+    def _check(self, number: int, phase: Phase) -> None:
+        """Refuses what this model has no stages for."""
+        self.prepared.set_phase(phase)  # refuses stages that there are not
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UserError(f"phase {number} trains nothing", where="the curriculum", remedy="name stages that it trains")
+        stages = tuple(stage.name for stage in self.prepared.stages)
+        for name, place in TAPPED.items():
+            if name in phase.losses and (place >= len(stages) or not border(self.model, stages[place])):
+                raise UserError(
+                    f"phase {number} compares features by {name}, which a model of the stages {', '.join(stages)} does not pass on",
+                    where="the curriculum",
+                    remedy="prepare the model with --stages 3, or leave the loss out" if place else "leave the loss out",
+                )
+
     def _phase_of(self, step: int) -> int:
         """The phase that the step before belongs to."""
         return max(bisect.bisect_left(self.opens, step) - 1, 0)
@@ -262,10 +293,10 @@ class QatCourse(Course):
         self.prepared.calibrations = {name: Calibration(**each) for name, each in carried["calibrations"].items()}
         self._set(self._phase_of(step))
 
-    def open(self, state: TrainingState) -> None:
+    def open(self, state: TrainingState) -> Mapping[str, float]:
         index = bisect.bisect_right(self.opens, state.step) - 1
         if index == self.index:
-            return
+            return {}
         learning = {parameter for parameter in self.model.parameters() if parameter.requires_grad} if self.index is not None else set()
         self.prepared.set_phase(self.phases[index])
         stages = newly_quantized(self.phases, index) if index else ()
@@ -280,13 +311,16 @@ class QatCourse(Course):
         state.average = self.average(state.step + 1)
         phase = self.phases[index]
         logger.info("step %d: %s quantized, %s", state.step, ", ".join(phase.quantized) or "nothing", " + ".join(phase.losses))
+        return self._ap("ap_opening", state)
+
+    def close(self, state: TrainingState) -> Mapping[str, float]:
+        return self._ap("ap", state)
 
     def _set(self, index: int) -> None:
         phase = self.phases[index]
         self.prepared.set_phase(phase)
-        first, *rest = (stage.name for stage in self.prepared.stages)
-        compared = [first] if BACKBONE_FEATURES in phase.losses else []
-        compared += rest[:1] if NECK_FEATURES in phase.losses else []
+        stages = [stage.name for stage in self.prepared.stages]
+        compared = [stages[place] for name, place in TAPPED.items() if name in phase.losses]
         off = [each for each in self.prepared.quantizers().values() if not each.enabled]
         unused = any(parameter.requires_grad for each in off for parameter in each.parameters())
         self.forward = self.processes.parallel(tapped(self.model, compared), self.device, unused)
@@ -315,7 +349,7 @@ class QatCourse(Course):
         weight = self.settings.kd_weight / parts
         others: dict[str, Tensor] = {}
         taps = iter(zip(features, taught, strict=True))
-        for name in (BACKBONE_FEATURES, NECK_FEATURES):
+        for name in TAPPED:
             if name in phase.losses:
                 others[name] = weight * self.settings.pkd_factor * feature_loss(*next(taps), self.processes)
         if RELATIONS in phase.losses:
@@ -340,16 +374,57 @@ class QatCourse(Course):
         return out / PREPARED
 
     def write(self, out: Path, state: TrainingState) -> None:
-        """The average's norms are estimated in the model itself, which gets its own weights back."""
-        raw = {name: value.clone() for name, value in self.model.state_dict().items()}
-        _fill(self.model, state.average.state())
-        if self.settings.reestimate and state.step:
-            with autocast(self.settings, self.device):
-                estimate_norms(self.model, itertools.islice(self._examples(state.step, self.processes.part), self.settings.reestimate))
-        average = {name: value.clone() for name, value in self.model.state_dict().items()}
-        _fill(self.model, raw)
+        with self._averaged(state) as average:
+            pass
         if self.processes.first:
             self.prepared.save(self.result(out), average)
+
+    @contextmanager
+    def _averaged(self, state: TrainingState) -> Iterator[dict[str, Tensor]]:
+        """The model is its average in this block, with norms estimated anew, and gets its own weights back; yields a copy of that state."""
+        raw = {name: value.clone() for name, value in self.model.state_dict().items()}
+        _fill(self.model, state.average.state())
+        try:
+            if self.settings.reestimate and state.step:
+                examples = self._examples(state.step, self.processes.part)
+                with autocast(self.settings, self.device):
+                    estimate_norms(self.model, itertools.islice(examples, self.settings.reestimate))
+            yield {name: value.clone() for name, value in self.model.state_dict().items()}
+        finally:
+            _fill(self.model, raw)
+
+    # --- how good it is ---
+
+    def _scored_by(self, scored: Scored | None) -> tuple[EvaluationSet, Vocabulary]:
+        """What AP is scored on: the first pictures, and the texts, which name every category."""
+        assert self.prepared.config is not None
+        if scored is None:
+            raise UserError(f"ap_pictures is {self.settings.ap_pictures}, of no set", remedy="give `scored`, or leave it out")
+        dataset, texts = scored
+        vocabulary = texts or self.prepared.vocabulary
+        if vocabulary is None:
+            raise UserError("has no vocabulary to score it with", where="the prepared model", remedy="prepare it with one: --vocabulary")
+        vocabulary.check_width(self.prepared.config.text_width, self.settings.data)
+        first = FirstPictures(dataset, self.settings.ap_pictures)
+        category_slots(vocabulary.names, first.coco)
+        if not first.coco["annotations"]:
+            raise UserError(f"the first {len(first)} pictures hold no object", where="--ap-pictures", remedy="score more of them")
+        return first, vocabulary
+
+    def _ap(self, name: str, state: TrainingState) -> dict[str, float]:
+        """AP of what `write` would leave."""
+        if self.scored is None:
+            return {}
+        found: dict[str, float] = {}
+        with self._averaged(state):
+            if self.processes.first:
+                dataset, vocabulary = self.scored
+                with evaluating(self.model):
+                    detector = TorchDetector(self.model, vocabulary, self.prepared.size, device=self.device)
+                    ap = evaluate(detector, dataset).scores.ap
+                found = {} if ap is None else {name: ap}
+            self.processes.wait()
+        return found
 
 
 # --- graphs ---

@@ -3,7 +3,6 @@
 Lines that cannot be read (the one that was being written when a run was killed) and numbers that are not finite are left out.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from crqat_fx.curriculum import borders
 from crqat_fx.errors import UserError
 from crqat_fx.findings import Curve, Training, TrainingPhase
 from crqat_fx.qat import QatSettings
-from crqat_fx.runlog import DETAILS, LOG
+from crqat_fx.runlog import DETAILS, LOG, lines_of
 from crqat_fx.settings import resolve
 from crqat_fx.train import SETTINGS
 
@@ -43,22 +42,9 @@ def training_of(folder: Path, stages: Sequence[str]) -> Training:
             TrainingPhase(first, last, phase.quantized, phase.trained, phase.losses)
             for phase, first, last in zip(phases, opens, opens[1:], strict=False)
         ),
-        log=_curves(_lines(folder / LOG)),
-        watched=_curves(_shares(line) for line in _lines(folder / DETAILS)),
+        log=_curves(lines_of(folder / LOG)),
+        watched=_curves(_shares(line) for line in lines_of(folder / DETAILS)),
     )
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and type(line.get("step")) is int:
-                yield line
 
 
 def _shares(line: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 the same numbers as TensorBoard scalars."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -50,14 +50,21 @@ def _appended(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8", newline="\n")
 
 
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log, but for those that cannot be read: the one that was being written when a run was killed. None of no file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                yield line
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            logged = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
-            continue
-        if logged <= step:
-            kept.append(line + "\n")
+    kept = [json.dumps(line) + "\n" for line in lines_of(path) if line["step"] <= step]
     with written(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8", newline="\n")

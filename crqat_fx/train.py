@@ -39,7 +39,7 @@ from crqat_fx.files import written
 from crqat_fx.losses import Losses, detection_loss
 from crqat_fx.models.yolo_world import YoloWorld
 from crqat_fx.progress import Progress
-from crqat_fx.runlog import DETAILS, LOG, RunLog
+from crqat_fx.runlog import DETAILS, LOG, RunLog, lines_of
 from crqat_fx.settings import Resolved
 from crqat_fx.vocabulary import Vocabulary
 
@@ -140,6 +140,7 @@ class TrainResult:
     interrupted: bool
     seconds: float  # of this call
     losses: Mapping[str, float]  # as last logged; empty where nothing was
+    ap: Sequence[Mapping[str, float]]  # lines of the log that hold one: as a phase opens (`ap_opening`), and as it ends (`ap`)
     skipped: Mapping[str, int]  # of the data: what could not be used
     repaired: Mapping[str, int]  # of the data: what had to be mended
     first: bool = True  # of several processes, the one that tells
@@ -189,9 +190,13 @@ class Course(ABC):
         """Takes up what stands after `step` steps, at least 1, when a run goes on."""
         return
 
-    def open(self, state: "TrainingState") -> None:
-        """Before every step: what its number changes."""
-        return
+    def open(self, state: "TrainingState") -> Mapping[str, float]:
+        """Before every step: what its number changes; gives what the log is to say of that."""
+        return {}
+
+    def close(self, state: "TrainingState") -> Mapping[str, float]:
+        """After the last step before a border: what the log is to say of what ends there."""
+        return {}
 
     def watched(self, step: int) -> AbstractContextManager[dict[str, float]]:
         """Around the step that ends as number `step`: what it fills is written to `DETAILS`."""
@@ -505,7 +510,10 @@ def run(
     with RunLog(out, state.step) if processes.first else nullcontext() as log, _Interruption() as interruption:
         stream = source.batches(state.step * settings.accumulate, processes.part)
         while state.step < settings.steps and not processes.any(interruption.asked, device):
-            course.open(state)
+            opened = course.open(state)
+            if log is not None and opened:
+                log.write(state.step + 1, opened)  # of the step that it comes before: a run resumed there opens, and says, it again
+                logged_at = time.perf_counter()
             batches = _next_batches(stream, state, interruption)
             if batches is None:
                 break
@@ -515,13 +523,13 @@ def run(
                 log.write(state.step, details, DETAILS)
             if state.step % settings.log_every == 0 or state.step == settings.steps or state.step in course.borders:
                 logged = _mean(window)
-                now = time.perf_counter()
-                speed = len(window) / (now - logged_at)
-                logged_at = now
+                speed = len(window) / (time.perf_counter() - logged_at)
                 window.clear()
                 rate = rate_at(settings, state.step - 1)
+                closed = course.close(state) if state.step in course.borders else {}
                 if log is not None:
-                    log.write(state.step, {**logged, "rate": rate, "steps_per_second": speed})
+                    log.write(state.step, {**logged, **closed, "rate": rate, "steps_per_second": speed})
+                logged_at = time.perf_counter()
                 text = _progress_text(logged, rate, speed, settings.steps - state.step)
             if progress is not None and processes.first:
                 progress(state.step, settings.steps, text)
@@ -538,6 +546,7 @@ def run(
         interrupted=stopped,
         seconds=time.perf_counter() - started,
         losses=logged,
+        ap=tuple(line for line in lines_of(out / LOG) if {"ap", "ap_opening"} & line.keys()),
         skipped=dict(source.skipped),
         repaired=dict(source.repaired),
         first=processes.first,

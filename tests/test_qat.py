@@ -11,26 +11,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from drawn_sets import write_grounding, write_objects365, write_vocabulary
 from test_train import EMBEDDINGS, NAMES, Rectangles, assert_same, logged, saved, stop_after, tiny_model
 from torch import Tensor, nn
 
-from crqat_fx.checkpoint import write_checkpoint
+from crqat_fx.checkpoint import load_model, write_checkpoint
 from crqat_fx.curriculum import Phase
 from crqat_fx.data.batch import Batch, Truth
 from crqat_fx.data.config import read_data, texts_needed
+from crqat_fx.data.shapes import ShapesSet, ShapesTask
 from crqat_fx.errors import UserError
+from crqat_fx.evaluate import evaluate
 from crqat_fx.models.yolo_world import YoloWorld
 from crqat_fx.qat import QatCourse, QatSettings, tapped, teacher_graph, train_file, train_prepared
-from crqat_fx.quantize.calibrate import calibrate
+from crqat_fx.quantize.calibrate import calibrate, picture_batches
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.estimate_norms import estimate_norms
 from crqat_fx.quantize.prepare import load_prepared, prepare
 from crqat_fx.quantize.prepared import Prepared, read_saved
 from crqat_fx.quantize.watch import codes_of, watching
 from crqat_fx.settings import resolve
+from crqat_fx.torch_detector import TorchDetector
 from crqat_fx.train import TrainingState, accumulate_gradients, settings_of, take_step
 from crqat_fx.vocabulary import Vocabulary
 
@@ -364,6 +368,66 @@ def test_scales_learn_at_a_share_of_the_rate_and_only_weights_decay(prepared: Pr
     assert [group["lr"] for group in (decayed, free, ranges)] == pytest.approx([1e-3, 1e-3, 2.5e-4])
 
 
+class Drawn:
+    """Pictures of the tests' task with their truth, as a set to be evaluated on."""
+
+    def __init__(self, count: int) -> None:
+        self.batches = [Rectangles(1).at(step) for step in range(count)]
+        boxes = [
+            (number, box, label)
+            for number, batch in enumerate(self.batches)
+            for box, label in zip(batch.truth.boxes[0].tolist(), batch.truth.labels[0].tolist(), strict=True)
+        ]
+        self.coco = {
+            "images": [{"id": number, "width": 64, "height": 64} for number in range(count)],
+            "categories": [{"id": number, "name": name} for number, name in enumerate(NAMES)],
+            "annotations": [
+                {"id": number, "image_id": image, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": 1000.0, "iscrowd": 0}
+                for number, (image, (x1, y1, x2, y2), label) in enumerate(boxes, 1)
+            ],
+        }
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def picture(self, index: int) -> np.ndarray:
+        return self.batches[index].images[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def test_ap_is_logged_as_each_phase_opens_and_ends_and_changes_nothing(tmp_path: Path, file: Path, straight: Path) -> None:
+    scoring = replace(SETTINGS, ap_pictures=4)
+    first = train_prepared(fresh(file), Rectangles(), scoring, tmp_path, teacher=teacher(), scored=(Drawn(6), None), progress=stop_after(2))
+    assert [(line["step"], *(name for name in line if name.startswith("ap"))) for line in first.ap] == [(1, "ap_opening"), (2, "ap")]
+    result = train_prepared(fresh(file), Rectangles(), scoring, tmp_path, teacher=teacher(), scored=(Drawn(6), None), resume=True)
+    places = [(line["step"], *(name for name in line if name.startswith("ap"))) for line in result.ap]
+    assert places == [(1, "ap_opening"), (2, "ap"), (3, "ap_opening"), (5, "ap")]
+    assert all(0 <= line.get("ap", line.get("ap_opening")) <= 100 for line in result.ap)
+    for part in ("model", "average", "optimizer", "random"):
+        assert_same(saved(tmp_path)[part], saved(straight)[part], part)
+    assert_same(result_of(tmp_path), result_of(straight))
+
+
+def test_a_phases_ap_is_that_of_the_model_as_it_then_stands(tmp_path: Path) -> None:
+    """Before the first step with the first stage alone in codes, after the last step what the run leaves: by an evaluation apart."""
+    made = prepare(load_model("pico-v1")[0], None, "8-8-8", "conv-inputs", vocabulary=ShapesTask().vocabulary, size=96)
+    task = ShapesTask(size=96)
+    calibrate(made, picture_batches(made, (task.draw("calibration", index).image for index in range(4))), "minmax", 4)
+    made.save(tmp_path / "p.pt")
+    settings = replace(SETTINGS, method="cqat", steps=2, size=96, rate=1e-4, pictures=8, texts=8, ap_pictures=6, shares=(0.5, 0.5))
+    result = train_file(tmp_path / "p.pt", settings, tmp_path / "run")
+    opened, *_, ended = (line.get("ap", line.get("ap_opening")) for line in result.ap)
+
+    def ap(prepared: Prepared) -> float | None:
+        return evaluate(TorchDetector(prepared.graph, task.vocabulary, 96), ShapesSet(task, "val", 6)).scores.ap
+
+    began, left = load_prepared(tmp_path / "run" / "started.pt"), load_prepared(tmp_path / "run" / "prepared.pt")
+    began.set_phase(Phase((BACKBONE,), (BACKBONE,)))
+    assert opened == pytest.approx(ap(began))
+    assert ended == pytest.approx(ap(left))
+    assert opened > 20
+    assert ended != opened
+
+
 # --- a step ---
 
 
@@ -546,9 +610,44 @@ def test_a_run_is_not_resumed_with_another_teacher_or_model(straight: Path, file
         train_prepared(fresh(coarse), Rectangles(), SETTINGS, straight, teacher=teacher(), resume=True)
 
 
-def test_phases_of_stages_that_there_are_not_are_refused(prepared: Prepared, tmp_path: Path) -> None:
-    phases = ({"quantized": ["neck"], "trained": ["neck"]},)
-    refused("unknown stage 'neck'", prepared, tmp_path, replace(SETTINGS, phases=phases))
+BOTH = [BACKBONE, NECK_HEAD]
+
+
+@pytest.mark.parametrize(
+    ("phase", "what"),
+    [
+        ({"quantized": ["neck"], "trained": ["neck"]}, "unknown stage 'neck'"),
+        ({"quantized": BOTH, "trained": []}, "phase 1 trains nothing"),
+        ({"quantized": BOTH, "trained": BOTH, "losses": ["task", "neck-pkd"]}, "by neck-pkd, which a model of the stages"),
+        ({"quantized": BOTH, "trained": BOTH, "share": 0.5}, "the shares add up to 0.5"),
+    ],
+)
+def test_phases_that_this_model_cannot_go_through_are_refused(prepared: Prepared, tmp_path: Path, phase: dict[str, Any], what: str) -> None:
+    refused(what, prepared, tmp_path, replace(SETTINGS, phases=(phase,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_one_stage_has_no_features_to_compare(tmp_path: Path) -> None:
+    whole = load_prepared(prepared_file(tmp_path / "p.pt", stages=1))
+    phase = {"quantized": ["whole"], "trained": ["whole"], "losses": ["task", "pkd"]}
+    refused("compares features by pkd", whole, tmp_path / "run", replace(SETTINGS, phases=(phase,)))
+
+
+def test_relations_can_be_left_out_of_phases_of_ones_own(tmp_path: Path, file: Path) -> None:
+    phase = {"quantized": BOTH, "trained": BOTH, "losses": ["task", "pkd", "trkd"]}
+    settings = replace(SETTINGS, steps=1, phases=(phase,), relations="none")
+    train_prepared(fresh(file), Rectangles(), settings, tmp_path, teacher=teacher())
+    assert {"pkd", "trkd"} & logged(tmp_path)[0].keys() == {"pkd"}
+
+
+def test_an_ap_of_nothing_is_refused_at_the_start(prepared: Prepared, tmp_path: Path) -> None:
+    scoring = replace(SETTINGS, ap_pictures=4)
+    refused("ap_pictures is 4, of no set", prepared, tmp_path, scoring)
+    other = Vocabulary(("red", "green", "blue", "grey"), EMBEDDINGS.numpy())
+    refused("lacks 1 of the data set's 4 categories: yellow", prepared, tmp_path, scoring, scored=(Drawn(4), other))
+    narrow = Vocabulary(NAMES, EMBEDDINGS[:, :8].numpy())
+    refused("8", prepared, tmp_path, scoring, scored=(Drawn(4), narrow))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_of_another_width_are_refused(tmp_path: Path, file: Path) -> None:
