@@ -8,6 +8,8 @@
     4  optimised    the same with optimizations: at most 1e-3 off, by one step
     5  accuracy     AP of both within .2, where a set is given
 
+Of equal values between two codes one counts: a function of a code, such as a sigmoid, rounds another way wherever that code stands.
+
 A file that leaves axes open is run at others too, and one with NMS judged by its detections (`crqat_fx.trials`).
 
 What is off in one piece cannot add up in the next: the first tensor that departs is the one at fault. The whole file, from the picture on,
@@ -52,12 +54,13 @@ PICTURE_CODES = (f"quant.{IMAGES}.output.codes",)  # a picture in bytes is its c
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor's codes compare. `steps[n]` counts those n steps off, the last all that are more; `astray` those that are off by a
-    step though their value lay nowhere near the middle between two codes."""
+    """How one tensor's codes compare. `steps[n]` counts those n steps off, the last all that are more; of those that are off by a step,
+    `astray` those whose value lay nowhere near the middle between two codes, `repeated` those whose value did and was met before."""
 
     name: str
     steps: tuple[int, ...] = (0, 0, 0, 0)
     astray: int = 0
+    repeated: int = 0
 
     @property
     def codes(self) -> int:
@@ -66,7 +69,7 @@ class Difference:
     def within(self, share: float) -> bool:
         """One step at the most, for no more than this share of the codes, or for a few where the tensor is small."""
         few = 0 if share == 0 else FEW
-        return sum(self.steps[2:]) == 0 and self.astray == 0 and self.steps[1] <= max(few, share * self.codes)
+        return sum(self.steps[2:]) == 0 and self.astray == 0 and self.steps[1] - self.repeated <= max(few, share * self.codes)
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,11 @@ def verify(
                 tell(number, count, "onnxruntime, optimised" if optimised else "onnxruntime, plain")
                 pieces = cuts.run(feeds(inputs), codes, optimised=optimised, threads=threads)
                 tally.missing |= {name + at for name in codes.keys() - pieces.codes.keys() - set(given)}
-                levels = {name: None if optimised else recorded[name].levels for name in pieces.codes}
-                tally.add((_compared(name, codes[name], found, levels[name]) for name, found in pieces.codes.items()), at)
+                compared = (
+                    _compared(name, codes[name], found, recorded[name].levels, ties_alone=not optimised)
+                    for name, found in pieces.codes.items()
+                )
+                tally.add(compared, at)
                 tally.add((_put_out(name, want, pieces.outputs[name]) for name, want in wanted.items()), at)
                 tally.add_selected(selected(inputs, pieces.outputs), at)
             tell(number + 1, count, "compared")
@@ -230,7 +236,7 @@ class _Tally:
             name = each.name + at
             before = self.found.get(name, Difference(name))
             steps = tuple(a + b for a, b in zip(before.steps, each.steps, strict=True))
-            self.found[name] = Difference(name, steps, before.astray + each.astray)
+            self.found[name] = Difference(name, steps, before.astray + each.astray, before.repeated + each.repeated)
 
     def add_selected(self, pictures: Iterable[Selected], at: str) -> None:
         for each in pictures:
@@ -262,17 +268,19 @@ class _Tally:
         return Rung(number, name, len(self.found), steps, True, detail=self.told)
 
 
-def _compared(name: str, want: Codes, found: Array, levels: npt.NDArray[np.float32] | None) -> Difference:
-    """`levels` are the values in steps: where one is given, a code that is off must be at a tie."""
+def _compared(name: str, want: Codes, found: Array, levels: npt.NDArray[np.float32] | None, *, ties_alone: bool = False) -> Difference:
+    """`levels` are the values in steps; with `ties_alone` a code that is off must be at a tie."""
     if want.shape != found.shape:
         return Difference(name, (0, 0, 0, want.size))
     apart = np.abs(want.astype(np.int32) - found.astype(np.int32))
     counts = np.bincount(np.minimum(apart, 3).ravel(), minlength=4)
-    astray = 0
-    if levels is not None and counts[1:].any():
-        near = levels[apart == 1]
-        astray = int((np.abs(np.abs(near - np.trunc(near)) - 0.5) > TIE).sum())
-    return Difference(name, tuple(int(each) for each in counts), astray)
+    astray, repeated = 0, 0
+    if levels is not None and counts[1]:
+        off = levels[apart == 1]
+        tied = np.abs(np.abs(off - np.trunc(off)) - 0.5) <= TIE
+        astray = int((~tied).sum()) if ties_alone else 0
+        repeated = int(tied.sum()) - len(np.unique(off[tied]))
+    return Difference(name, tuple(int(each) for each in counts), astray, repeated)
 
 
 def _put_out(name: str, want: Array, found: Array, within: float | None = None) -> Difference:

@@ -20,7 +20,7 @@ from crqat_fx.quantize.calibrate import calibrate, picture_batches
 from crqat_fx.quantize.prepare import prepare
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.trials import Trial
-from crqat_fx.verify import Difference, Verification, accuracy, verify, verify_file
+from crqat_fx.verify import Difference, Verification, _compared, accuracy, verify, verify_file
 from passes.fx.collapse_match import RoundedBySelf
 
 BATCH = 2
@@ -158,6 +158,18 @@ def test_a_code_off_by_one_step_far_from_a_tie_departs() -> None:
     assert not Difference("x", (99_999, 0, 1, 0)).within(1e-4)
     assert not Difference("x", (99_980, 20, 0, 0)).within(1e-4)
     assert not Difference("x", (9, 1, 0, 0)).within(0.0)
+
+
+def test_a_tie_of_a_function_of_a_code_counts_once_however_often_the_code_is_there() -> None:
+    levels = np.array([2.500005] * 20 + [7.1] * 80, np.float32)
+    want, found = np.round(levels).astype(np.uint8), np.array([2] * 20 + [7] * 80, np.uint8)
+    tie = _compared("x", want, found, levels, ties_alone=True)
+    assert (tie.steps, tie.astray, tie.repeated) == ((80, 20, 0, 0), 0, 19)
+    assert tie.within(1e-4)
+    table = _compared("x", want, found, levels - 0.2)  # off by a step where no tie is: every one counts
+    assert (table.astray, table.repeated) == (0, 0)
+    assert not table.within(1e-4)
+    assert _compared("x", want, found, levels - 0.2, ties_alone=True).astray == 20
 
 
 def test_rung_three_sees_what_comes_behind_the_last_codes(whole: tuple[Prepared, Lowered, onnx.ModelProto]) -> None:
