@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from crqat_fx.quantize.prepare import load_prepared, prepare
     from crqat_fx.recipe import QuantRecipe
     from crqat_fx.report import write_report
+    from crqat_fx.run_study import study_run
     from crqat_fx.study import Contender, StudySettings, study
     from crqat_fx.torch_detector import TorchDetector
     from crqat_fx.trace import trace
@@ -76,6 +77,7 @@ _API = {
     "read_checkpoint": "checkpoint.read_checkpoint",
     "read_picture": "pictures.read_picture",
     "study": "study.study",
+    "study_run": "run_study.study_run",
     "trace": "trace.trace",
     "train": "train.train",
     "train_file": "qat.train_file",
@@ -120,6 +122,7 @@ __all__ = [
     "read_checkpoint",
     "read_picture",
     "study",
+    "study_run",
     "trace",
     "train",
     "train_file",

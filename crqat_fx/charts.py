@@ -12,7 +12,8 @@ from html import escape
 COLOURS = 8  # of series, in the page's styles; they come again after that
 WIDTH, HEIGHT = 380, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 40  # around the plot
-CHARACTER = 6.1  # how wide one is at the size of a label
+CHARACTER = 6.3  # how wide one is at the size of a label
+BOLD = 7.0
 ROW = 19  # height of a row of dots or bars
 TICKS = 5
 
@@ -37,11 +38,14 @@ class Band:
 
 @dataclass(frozen=True)
 class Axis:
+    """`folded`: logarithmic away from zero on both sides, down to this."""
+
     label: str
     low: float
     high: float
     logarithmic: bool = False
     percent: bool = False
+    folded: float = 0.0
 
     def share(self, value: float) -> float:
         """Where on the axis a value lies, 0 to 1."""
@@ -49,10 +53,15 @@ class Axis:
         return min(1.0, max(0.0, (value - low) / (high - low)))
 
     def _scaled(self, value: float) -> float:
+        if self.folded:
+            return math.copysign(math.log10(max(abs(value), self.folded) / self.folded), value)
         return math.log10(max(value, self.low)) if self.logarithmic else value
 
     @property
     def ticks(self) -> list[float]:
+        if self.folded:
+            powers = [self.folded * 10.0**power for power in range(1, round(math.log10(self.high / self.folded)) + 1)]
+            return [*(-each for each in reversed(powers)), 0.0, *powers]
         if self.logarithmic:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             wide = range(first, last + 1, max(1, (last - first) // TICKS))
@@ -82,6 +91,13 @@ def axis(
     return Axis(label, low if from_zero and low == 0 else low - around, high + around, percent=percent)
 
 
+def folded_axis(label: str, values: Iterable[float], decades: int = 3) -> Axis:
+    """An axis for values of either sign and of any size: logarithmic away from zero."""
+    largest = max((abs(value) for value in values if value), default=1.0)
+    reach = 10.0 ** math.ceil(math.log10(largest) - 1e-9)
+    return Axis(label, -reach, reach, folded=reach / 10**decades)
+
+
 def nice(step: float) -> float:
     """The next of 1, 2, 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
@@ -94,7 +110,7 @@ def nice(step: float) -> float:
 def lines(title: str, series: Sequence[Series], x: Axis, y: Axis, bands: Sequence[Band] = (), *, dots: bool = False) -> str:
     """Values over something, each line with its name at its end; bands behind them."""
     longest = max((len(each.name) for each in series), default=0)
-    right = WIDTH - RIGHT - (8 + CHARACTER * longest if len(series) > 1 else 0)
+    right = WIDTH - RIGHT - (4 + BOLD * longest if len(series) > 1 else 0)
     plot = _Plot(LEFT, TOP + (14 if bands else 0), right, HEIGHT - BOTTOM, x, y)
     drawn = [*_bands(plot, bands), *plot.frame()]
     ends = []
@@ -125,12 +141,13 @@ def scatter(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
 def rows(
     title: str,
     labels: Sequence[str],
-    series: Sequence[tuple[str, int, Sequence[float | None]]],
+    series: Sequence[tuple[str, int, Sequence[float | tuple[float, float] | None]]],
     x: Axis,
     *,
     groups: Sequence[str] = (),
 ) -> str:
-    """A row a label, and in it a mark for each series. `groups`: of every row the name of what it belongs to, told where that changes."""
+    """A row a label, and in it a mark for each series, or a bar from a low to a high value. `groups`: of every row the name of what it
+    belongs to, told where that changes."""
     left = 10 + CHARACTER * max((len(each) for each in labels), default=0)
     changes = [place for place in range(len(labels)) if groups and (place == 0 or groups[place] != groups[place - 1])]
     shift, tops = 0, []
@@ -146,9 +163,15 @@ def rows(
         middle = tops[place] + ROW / 2
         drawn.append(f'<text class="label" x="{left - 8:.1f}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
         drawn.append(f'<line class="grid" x1="{plot.left:.1f}" x2="{plot.right:.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>')
-        for name, number, values in series:
+        for turn, (name, number, values) in enumerate(series):
             value = values[place]
-            if value is not None:
+            if isinstance(value, tuple):
+                apart = (ROW - 5) / max(len(series), 1)
+                top, (first, last) = tops[place] + 2.5 + apart * turn, (plot.x(end) for end in value)
+                told = f"{name}, {label}: {value[0]:.4g} to {value[1]:.4g}"
+                shape = f'x="{first:.1f}" y="{top:.1f}" width="{max(last - first, 1):.1f}" height="{max(apart - 1, 1):.1f}"'
+                drawn.append(f'<rect class="part" {colour(number)} {shape}><title>{escape(told)}</title></rect>')
+            elif value is not None:
                 drawn.append(mark(number, plot.x(value), middle, f"{name}, {label}: {value:.4g}"))
     return picture(title, bottom + BOTTOM, drawn)
 
@@ -172,31 +195,6 @@ def stacks(title: str, labels: Sequence[str], parts: Sequence[str], values: Sequ
                 drawn.append(f'<text class="on-part" x="{(first + last) / 2:.1f}" y="{top + 16}" text-anchor="middle">{value:.3g}</text>')
         drawn.append(f'<text class="label" x="{plot.x(done) + 5:.1f}" y="{top + 16}">{done:.3g} {escape(unit)}</text>')
     return picture(title, bottom + BOTTOM, drawn)
-
-
-def spans(title: str, series: Sequence[tuple[str, float, float]], y_label: str, number: int, bands: Sequence[Band] = ()) -> str:
-    """Something from a low to a high value for each of many things side by side, on an axis that is logarithmic away from zero."""
-    ends = [end for _, low, high in series for end in (low, high)]
-    reach = 10 ** math.ceil(math.log10(max((abs(end) for end in ends), default=1.0) or 1.0))
-    least = reach / 1e4
-    powers = [least * 10**power for power in range(5)]
-    plot = _Plot(LEFT, TOP + (14 if bands else 0), WIDTH - RIGHT, HEIGHT - BOTTOM, Axis("", 0, max(len(series), 1)), Axis("", -4, 4))
-
-    def folded(value: float) -> float:
-        return math.copysign(max(0.0, math.log10(max(abs(value), least) / least)), value)
-
-    drawn = _bands(plot, bands)
-    for value in (*(-each for each in powers[:0:-1]), 0.0, *powers[1:]):
-        y = plot.y(folded(value))
-        drawn.append(f'<line class="{"axis" if value == 0 else "grid"}" x1="{plot.left}" x2="{plot.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text class="tick" x="{plot.left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    wide = (plot.right - plot.left) / max(len(series), 1)
-    for place, (name, low, high) in enumerate(series):
-        top, below = plot.y(folded(high)), plot.y(folded(low))
-        shape = f'x="{plot.x(place) + 0.1 * wide:.2f}" y="{top:.1f}" width="{0.8 * wide:.2f}" height="{max(below - top, 1):.1f}"'
-        drawn.append(f'<rect class="part" {colour(number)} {shape}><title>{escape(f"{name}: {low:.3g} to {high:.3g}")}</title></rect>')
-    drawn += _labels(plot, "quantizers, in the order of the data", y_label)
-    return picture(title, HEIGHT, drawn)
 
 
 # --- their parts ---
@@ -267,7 +265,8 @@ class _Plot:
 
 
 def _labels(plot: _Plot, x: str, y: str) -> list[str]:
-    middle, height = (plot.left + plot.right) / 2, (plot.top + plot.bottom) / 2
+    middle = min((plot.left + plot.right) / 2, WIDTH - len(x) * CHARACTER / 2)  # a long one moves into the room beside the plot
+    height = (plot.top + plot.bottom) / 2
     drawn = [f'<text class="label" x="{middle:.1f}" y="{plot.bottom + 32:.1f}" text-anchor="middle">{escape(x)}</text>'] if x else []
     if y:
         drawn.append(f'<text class="label" transform="translate(10 {height:.1f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
@@ -283,7 +282,7 @@ def _bands(plot: _Plot, bands: Sequence[Band]) -> list[str]:
         drawn.append(f'<rect class="band{number % 2}" {shape}/>')
         if number:
             drawn.append(f'<line class="border" x1="{first:.1f}" x2="{first:.1f}" y1="{plot.top - 14:.1f}" y2="{plot.bottom:.1f}"/>')
-        room = int((last - first - 6) / CHARACTER)
+        room = int((last - first - 10) / BOLD)
         name = band.name if len(band.name) <= room else f"{band.name[: room - 1]}…" if room > 3 else ""
         drawn.append(f'<text class="group" x="{first + 4:.1f}" y="{plot.top - 4:.1f}">{escape(name)}</text>')
     return drawn

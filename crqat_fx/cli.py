@@ -726,7 +726,8 @@ def train(
     out: Annotated[
         Path,
         typer.Option(
-            help="the run's folder: settings.yaml, log.jsonl, quantizers.jsonl, tensorboard/, last.pt, prepared.pt", show_default=False
+            help="the run's folder: settings.yaml, log.jsonl, quantizers.jsonl, tensorboard/, last.pt, started.pt, prepared.pt",
+            show_default=False,
         ),
     ],
     teacher: Annotated[
@@ -1283,6 +1284,89 @@ def _show_work(first: "Operators", other: "Operators") -> None:
         rows.append((one.name, *one.milliseconds, "" if ratio is None else f"{ratio:.2f}", one.above_ceiling(1)))
     head = ("work", f"ms of {first.path.name}", f"ms of {other.path.name}", "times as fast", "ms above a quarter")
     console.show(console.table("where the time goes, by the profiler", head, rows, digits=2))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="a training run's folder; or a study that was measured: its study.json, or the folder of that", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the page to write; study.json and the settings go beside it")] = Path("report.html"),
+    data: Annotated[
+        str | None, typer.Option(help="a data.yaml, or shapes, to measure on  [default: the run's own]", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="the float model to compare with  [default: the run's own teacher]", show_default=False)
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="of AP: coco or lvis-fixed  [default: coco]", show_default=False)] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="pictures for AP, 0 for none  [default: all; of the drawn task 500]", show_default=False)
+    ] = None,
+    compared: Annotated[int | None, typer.Option(help="pictures for drift, 0 for none  [default: 64]", show_default=False)] = None,
+    noise: Annotated[
+        int | None, typer.Option(help="pictures that quantizers are watched on, 0 for none  [default: 4]", show_default=False)
+    ] = None,
+    shown: Annotated[int | None, typer.Option(help="pictures with boxes  [default: 4]", show_default=False)] = None,
+    conf: Annotated[float | None, typer.Option(help="lowest score of a box  [default: 0.3]", show_default=False)] = None,
+    verified: Annotated[int | None, typer.Option(help="pictures of the ladder, 0 for none  [default: 1]", show_default=False)] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="turns that speed is measured in, 0 for none  [default: 15]", show_default=False)
+    ] = None,
+    operators: Annotated[
+        int | None, typer.Option(help="runs for the time by operator, 0 for none  [default: 10]", show_default=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="less of each, where nothing else is said")] = False,
+    no_export: Annotated[bool, typer.Option("--no-export", help="without what is measured of exported files")] = False,
+    batch: Annotated[int | None, typer.Option(help="pictures run at once  [default: 8]", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="of what is timed  [default: 1]", show_default=False)] = None,
+    device: Device = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the models of a training run side by side, and show all that was found in one HTML page that needs no network.
+
+    Compared are the teacher in floats, the model that the run began with, and what it came to; each is exported for what is measured of
+    files. A study that was measured, by this or by `demo`, is drawn again. The exit status is 1 where an exported file departs from its model.
+    """
+    from crqat_fx.findings import STUDY, closing_table, load_study
+    from crqat_fx.report import write_report
+    from crqat_fx.report_results import verdict
+    from crqat_fx.run_study import QUICK, RunStudySettings, is_run, study_run
+
+    flags = _given(
+        data=data, teacher=teacher, metric=metric, pictures=pictures, compared=compared, noise=noise, shown=shown, conf=conf,
+        verified=verified, rounds=rounds, operators=operators, export=False if no_export else None, batch=batch, threads=threads,
+        device=device,
+    )  # fmt: skip
+    if out.suffix != ".html":
+        raise UserError(f"{out.name} is no .html", where="--out", remedy="name a file that ends in it")
+    measured = not is_run(run)
+    given = next(iter(flags), "quick" if quick else None)
+    if measured and given is not None:
+        option = "no-export" if given == "export" else given
+        raise UserError("was measured already, or is no training run", where=run, remedy=f"leave out --{option}, or name a run's folder")
+    resolved = resolve(RunStudySettings, flags, config, QUICK if quick else None)
+    with written(out) as temporary:  # first of all: a path that cannot be written is told before the work is done
+        if measured:
+            found = load_study(run / STUDY if run.is_dir() else run)
+        else:
+            with console.progress("report") as progress:
+                found = study_run(run, resolved.values, progress=progress)
+            found.save(out.parent / STUDY)
+            resolved.write(_beside(out), _command("report", run))
+        write_report(found, temporary)
+    head, rows = closing_table(found)
+    if as_json:
+        table = [dict(zip(head, row, strict=True)) for row in rows]
+        console.show_json({"out": str(out), "verdict": verdict(found), "table": table, "settings": resolved.as_json()})
+    else:
+        console.show(console.table(found.title, head, rows, digits=2))
+        console.note(f"{verdict(found)}\nthe page: {out}")
+    if any(model.ladder is not None and not model.ladder.passed for model in found.models):
+        raise typer.Exit(1)
 
 
 @dataclass(frozen=True)

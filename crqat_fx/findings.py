@@ -197,7 +197,7 @@ class Model:
     label: str
     file: str
     kind: Literal["float", "quantized"]
-    recipe: str | None = None  # as it is called, or where it stands
+    recipe: str | None = None  # as it is called; None is float, or a recipe of its own
     target: str | None = None
     weights: str = "only"  # of a trained one: average or raw
     accuracy: Accuracy | None = None

@@ -1,4 +1,4 @@
-"""A study as one HTML page that needs nothing else: no script, no network, no font.
+"""A study as one HTML page that needs nothing else: no network, no font, and no script but a line that brings a wide graph into view.
 
 First what a reader wants (the table and what it comes to, pictures), then why (drift, training, quantizers, stages), then what it rests on
 (integers and time, the ladder, how it was measured).
@@ -17,6 +17,12 @@ from crqat_fx.report_results import PICTURES, RESULTS, verdict
 from crqat_fx.report_style import STYLE
 
 PARTS = (RESULTS, PICTURES, DRIFT, TRAINING, QUANTIZATION, STAGES, INTEGERS, LADDER, MEASURED)
+
+# where the graph is wider than its region, the region shows its first box
+INTO_VIEW = (
+    "for (const region of document.querySelectorAll('.graph')) { const box = region.querySelector('.box')?.getBoundingClientRect(); "
+    "if (box) region.scrollLeft += box.left + box.width / 2 - region.getBoundingClientRect().left - region.clientWidth / 2 }"
+)
 
 
 def write_report(study: Study, path: str | Path) -> None:
@@ -39,6 +45,6 @@ def page(study: Study) -> str:
             f'<nav aria-label="contents"><ol>{links}</ol></nav>',
             f'<main id="main" tabindex="-1"><p class="verdict">{escape(verdict(study))}</p>',
             *(section(part, study) for part in PARTS),
-            "</main></body></html>\n",
+            f"</main><script>{INTO_VIEW}</script></body></html>\n",
         ]
     )

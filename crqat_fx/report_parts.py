@@ -18,7 +18,7 @@ class Part:
     heading: str
     lead: str
     shown: Callable[[Study], str]
-    needs: Section | None = None  # what a model may lack, with the reason for it
+    needs: tuple[Section, ...] = ()  # what a model may lack, with the reason for it
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def section(part: Part, study: Study) -> str:
     )
 
 
-def _missing(needs: Section | None, models: Iterable[Model]) -> str:
+def _missing(needs: Iterable[Section], models: Sequence[Model]) -> str:
     """Why a section has nothing of some models; those with one reason are told together."""
     reasons: dict[str, list[str]] = {}
     for model in models:
-        if needs is not None and needs in model.missing:
-            reasons.setdefault(model.missing[needs], []).append(model.label)
+        for reason in dict.fromkeys(model.missing[each] for each in needs if each in model.missing):
+            reasons.setdefault(reason, []).append(model.label)
     told = "".join(f"<li>{escape(', '.join(labels))}: {escape(reason)}</li>" for reason, labels in reasons.items())
     return f'<ul class="missing" aria-label="what is not shown">{told}</ul>' if told else ""
 

@@ -138,7 +138,10 @@ def measured(study: Study) -> str:
         **study.machine,
     }
     told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    files = [[model.label, model.file, model.recipe or "floats", model.target or "", model.weights] for model in study.models]
+    files = [
+        [model.label, model.file, "floats" if model.kind == "float" else model.recipe or "its own", model.target or "", model.weights]
+        for model in study.models
+    ]
     head = ("model", "file", "recipe", "target", "weights")
     return f"<dl>{told}</dl>{table('the models', head, files, text=5)}"
 
@@ -149,7 +152,7 @@ INTEGERS = Part(
     "Counted and timed on the graph that onnxruntime really runs, after its own optimizations. Speed depends on the processor named below; "
     "ratios carry over better than milliseconds.",
     integers,
-    "integers",
+    ("integers",),
 )
 LADDER = Part(
     "ladder",
@@ -157,6 +160,6 @@ LADDER = Part(
     "Each rung rests on the one below: the stored codes, the lowered graph, onnxruntime without and with its optimizations, each tensor "
     "fed with the codes before it. What runs on from the picture is reported: one tie there cascades.",
     ladder,
-    "ladder",
+    ("ladder",),
 )
 MEASURED = Part("measured", "How it was measured", "What the figures depend on besides the models.", measured)

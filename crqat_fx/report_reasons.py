@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
-from crqat_fx.charts import COLOURS, Axis, Band, Series, axis, key, lines, rows, scatter, spans
+from crqat_fx.charts import COLOURS, Axis, Band, Series, axis, folded_axis, key, lines, rows, scatter
 from crqat_fx.findings import RELATIONS, Curve, Drift, HeatPicture, Model, Quantization, Study, Training
 from crqat_fx.graph_picture import paint, svg
 from crqat_fx.noise import EXACT
@@ -14,8 +14,8 @@ from crqat_fx.report_results import overlay
 CALLED = {"region_text": "region-text", "region_region": "region-region"}
 SPACES = ("embedding", "confidence")
 OPEN_HEATS = 2  # heat pictures that are shown at once; the others on demand
-NOT_A_LOSS = ("loss", "rate", "gradient_norm", "steps_per_second")  # of a log's values
-AP = "ap"  # how the names of accuracies begin in a log
+AP = ("ap", "ap_opening")  # what a log calls it
+NOT_A_TERM = ("loss", "rate", "gradient_norm", "steps_per_second", *AP)  # of a log's values
 TERMS = {
     "cls": "classes", "box": "boxes", "dfl": "box bins", "pkd": "features taught", "neck-pkd": "neck features taught",
     "trkd": "relations taught",
@@ -32,7 +32,7 @@ VIRIDIS = (
     (170, 220, 50),
     (253, 231, 37),
 )
-LOWER, MIDDLE, HIGHER = (196, 84, 22), (247, 247, 247), (31, 98, 175)
+LOWER, HIGHER = (214, 84, 12), (24, 104, 214)
 
 
 # --- drift ---
@@ -66,8 +66,9 @@ def _drift_charts(study: Study, measured: Sequence[tuple[Model, Drift]]) -> Iter
         across = axis("embeddings, error", (x for each in points for x, _ in each.points), from_zero=True)
         up = axis("confidences, error", (y for each in points for _, y in each.points), from_zero=True)
         correlated = ", ".join(f"{model.label} {number(getattr(found, kind).pearson, '.2f')}" for model, found in measured)
-        caption = f"Do confidences follow embeddings? {CALLED[kind]}, a mark a picture; Pearson's r: {correlated}"
-        yield figure(caption, scatter(f"{CALLED[kind]} distortion", points, across, up) + key(named(models, study)))
+        drawn = scatter(f"{CALLED[kind]} distortion", points, across, up) + key(named(models, study))
+        told = f'<p class="note">A mark a picture. Pearson\'s r: {escape(correlated)}.</p>'
+        yield figure(f"{CALLED[kind].capitalize()}: do confidences follow embeddings?", drawn + told)
 
 
 def _pairs(xs: Sequence[float | None], ys: Sequence[float | None]) -> Iterator[tuple[float, float]]:
@@ -104,7 +105,7 @@ def _limits(study: Study, measured: Sequence[tuple[Model, Drift]]) -> tuple[floa
 def _scales(study: Study, measured: Sequence[tuple[Model, Drift]]) -> str:
     low, high, change = _limits(study, measured)
     similar = ", ".join(_rgb(each) for each in VIRIDIS)
-    moved = ", ".join(_rgb(each) for each in (LOWER, MIDDLE, HIGHER))
+    moved = f"{_rgb(LOWER)}, transparent, {_rgb(HIGHER)}"
     return (
         f'<p class="scales"><span>similarity {low:.2f} <i style="background:linear-gradient(90deg,{similar})"></i> {high:.2f}</span> '
         f'<span>change {-change:+.2f} <i style="background:linear-gradient(90deg,{moved})"></i> {change:+.2f}</span></p>'
@@ -156,7 +157,9 @@ def _similarity(value: float | None, low: float, high: float) -> str | None:
 
 
 def _change(value: float) -> str:
-    return _rgb(_between(MIDDLE, HIGHER if value > 0 else LOWER, min(abs(value), 1.0)))
+    """Nothing where nothing changed."""
+    red, green, blue = HIGHER if value > 0 else LOWER
+    return f"rgba({red},{green},{blue},{min(abs(value), 1.0):.3f})"
 
 
 def _between(one: tuple[int, int, int], other: tuple[int, int, int], part: float) -> tuple[int, int, int]:
@@ -185,12 +188,13 @@ def _course(model: Model, found: Training, several: bool) -> str:
     charts = []
     if "loss" in found.log:
         charts.append(_chart("Loss, all terms together", {"loss": found.log["loss"]}, across, "loss", bands))
-    terms = {TERMS.get(name, name): curve for name, curve in found.log.items() if name not in NOT_A_LOSS and not name.startswith(AP)}
+    terms = {TERMS.get(name, name): curve for name, curve in found.log.items() if name not in NOT_A_TERM}
     if terms:
         charts.append(_chart("Terms of the loss, on a logarithmic axis", terms, across, "term", bands, logarithmic=True))
-    scores = {name: curve for name, curve in found.log.items() if name.startswith(AP)}
+    scores = sorted(point for name in AP if name in found.log for point in zip(found.log[name].steps, found.log[name].values, strict=True))
     if scores:
-        charts.append(_chart("AP of the average on validation pictures", scores, across, "AP", bands, dots=True))
+        ap = Curve(tuple(step for step, _ in scores), tuple(value for _, value in scores))
+        charts.append(_chart("AP, as phases open and end", {"AP": ap}, across, "AP", bands, dots=True))
     if found.watched:
         charts.append(
             _chart(
@@ -256,29 +260,22 @@ def _quantizer_charts(study: Study, measured: Sequence[tuple[Model, Quantization
     known = [value for _, _, values in clipped for value in values if value is not None]
     drawn = rows("clipped by block", labels, clipped, axis("share of values", known, from_zero=True, percent=True), groups=stages)
     yield figure("Clipped share, of the quantizer in each block that clips most", drawn + key(named(models, study)))
-    for (model, found), (_, place) in zip(measured, named(models, study), strict=True):
-        own = [each for each in found.quantizers if each.of == "activation" and each.learns]
-        ranges = [(each.tensor, *each.range) for each in own if each.range is not None]
-        if ranges:
-            yield figure(
-                f"{model.label}: ranges of its activations, lowest to highest",
-                spans(f"{model.label}, ranges", ranges, "value", place, _runs([each.stage for each in own])),
-            )
+    ranges = []
+    for (_, found), (label, place) in zip(measured, named(models, study), strict=True):
+        widest: dict[str, tuple[float, float]] = {}
+        for each in found.quantizers:
+            if each.of == "activation" and each.learns and each.range is not None:
+                low, high = widest.get(each.block, each.range)
+                widest[each.block] = min(low, each.range[0]), max(high, each.range[1])
+        ranges.append((label, place, [widest.get(block) for block, _ in blocks]))
+    both = [end for _, _, pairs in ranges for pair in pairs if pair is not None for end in pair]
+    drawn = rows("ranges by block", labels, ranges, folded_axis("value, on an axis logarithmic away from 0", both), groups=stages)
+    yield figure("Ranges of activations: the lowest and highest value in each block", drawn + key(named(models, study)))
 
 
 def _finite(value: float | None) -> float | None:
     """Without what is exact, which no axis holds."""
     return None if value is None or value >= EXACT else value
-
-
-def _runs(stages: Sequence[str]) -> list[Band]:
-    bands: list[Band] = []
-    for place, stage in enumerate(stages):
-        if bands and bands[-1].name == stage:
-            bands[-1] = Band(bands[-1].first, place + 1, stage)
-        else:
-            bands.append(Band(place, place + 1, stage))
-    return bands
 
 
 def _last(block: str) -> str:
@@ -344,14 +341,14 @@ DRIFT = Part(
     "What makes a detector open-vocabulary is how its regions lie to texts and to each other; quantization moves them. Squares are the "
     "positions that stand for an object, coloured by their mean similarity to the others of its class.",
     drift,
-    "drift",
+    ("drift",),
 )
 TRAINING = Part(
     "training",
     "How training went",
     "Shaded stretches are the phases of the curriculum: each quantizes and trains the stages up to its own.",
     training,
-    "training",
+    ("training",),
 )
 QUANTIZATION = Part(
     "quantizers",
@@ -359,7 +356,7 @@ QUANTIZATION = Part(
     "Where noise comes from: every block's signal to quantization noise, in the order of the data, and how much its quantizers clip. It is "
     "noise against the same weights without rounding: a trained model has come to rely on its rounding, and owes that one nothing.",
     quantization,
-    "quantization",
+    ("quantization",),
 )
 STAGES = Part(
     "stages",

@@ -30,7 +30,7 @@ def verdict(study: Study) -> str:
         novel, of_novel = _whole(chosen, "novel"), _whole(first, "novel")
         parts.append(kept + (f" ({novel:.1f} of {of_novel:.1f} on novel names)" if novel is not None and of_novel is not None else ""))
     if chosen.counted is not None and first.counted is not None and chosen.counted.size_mib:
-        parts.append(f"{'it' if parts else chosen.label} is {first.counted.size_mib / chosen.counted.size_mib:.1f} times smaller")
+        parts.append(f"{'' if parts else f'{chosen.label} '}is {first.counted.size_mib / chosen.counted.size_mib:.1f} times smaller")
     if chosen.speed is not None:
         parts.append(f"runs {chosen.speed.ratio.median:.1f} times as fast")
     told = (
@@ -75,7 +75,7 @@ def _kind(model: Model) -> str:
         return "floats"
     trained = "" if model.training is None else f", {model.training.method}"
     weights = f", {model.weights} weights" if model.weights != "only" else ""
-    return f"{model.recipe}, {model.target}{trained}{weights}"
+    return f"{model.recipe or 'a recipe of its own'}, {model.target}{trained}{weights}"
 
 
 def _result(name: str, value: str | float | None, reference: str | float | None, model: Model, is_first: bool) -> Cell:
@@ -136,27 +136,33 @@ def _measured(scored: Sequence[Model]) -> str:
 # --- pictures ---
 
 
+RIGHT, TWICE, OTHER, NOTHING_THERE = "right", "twice", "wrong name", "nothing there"
+
+
 @dataclass(frozen=True)
 class Judged:
-    """Boxes of one picture: those that are right, by place, and the objects that nothing found."""
+    """What each box of a picture is, and the objects that no box is right on."""
 
-    right: frozenset[int]
+    boxes: tuple[str, ...]
     missed: tuple[int, ...]
+
+    def told(self) -> str:
+        right = self.boxes.count(RIGHT)
+        return f"{right} right, {len(self.boxes) - right} wrong, {len(self.missed)} missed"
 
 
 def judged(picture: Picture, found: Found) -> Judged:
     """Best first: a box is right on an object of its name that no better box took, from an overlap of `MATCHED` on."""
     free = set(range(len(picture.boxes)))
-    right = set()
-    for place, (box, name) in enumerate(zip(found.boxes, found.names, strict=True)):
-        of_name = [each for each in free if picture.names[each] == name]
-        if not of_name:
-            continue
-        share, best = max((overlap(box, picture.boxes[each]), each) for each in of_name)
-        if share >= MATCHED:
-            right.add(place)
-            free.discard(best)
-    return Judged(frozenset(right), tuple(sorted(free)))
+    boxes = []
+    for box, name in zip(found.boxes, found.names, strict=True):
+        covered = sorted(((overlap(box, other), place) for place, other in enumerate(picture.boxes)), reverse=True)
+        under = [place for share, place in covered if share >= MATCHED]
+        of_name = [place for place in under if picture.names[place] == name]
+        taken = next((place for place in of_name if place in free), None)
+        boxes.append(RIGHT if taken is not None else TWICE if of_name else OTHER if under else NOTHING_THERE)
+        free.discard(-1 if taken is None else taken)
+    return Judged(tuple(boxes), tuple(sorted(free)))
 
 
 def overlap(one: BoxPixels, other: BoxPixels) -> float:
@@ -173,7 +179,7 @@ def pictures(study: Study) -> str:
         '<ul class="key"><li><svg viewBox="0 0 18 14" width="18" height="14" aria-hidden="true">'
         '<rect class="box-right" x="2" y="2" width="14" height="10"/></svg> right</li>'
         '<li><svg viewBox="0 0 18 14" width="18" height="14" aria-hidden="true">'
-        '<rect class="box-wrong" x="2" y="2" width="14" height="10"/></svg> wrong name or place, or twice</li>'
+        '<rect class="box-wrong" x="2" y="2" width="14" height="10"/></svg> wrong</li>'
         '<li><svg viewBox="0 0 18 14" width="18" height="14" aria-hidden="true">'
         '<rect class="box-missed" x="2" y="2" width="14" height="10"/></svg> missed</li></ul>'
     )
@@ -186,52 +192,52 @@ def pictures(study: Study) -> str:
 
 
 def _annotated(picture: Picture, place: int) -> str:
-    boxes = [_box(box, "box-truth", str(number), name, picture) for number, (box, name) in enumerate(_zip(picture), 1)]
+    wide = len(str(len(picture.boxes)))
+    boxes = [
+        _box(box, "box-truth", str(number), wide, name, picture)
+        for number, (box, name) in enumerate(zip(picture.boxes, picture.names, strict=True), 1)
+    ]
     drawn = overlay(picture, boxes, f"picture-{place}", f"{picture.name} as annotated", first=True)
     return figure("annotated", f"{drawn}<p>{len(boxes)} objects</p>" + _list([Cell(name) for name in picture.names], "annotated objects"))
 
 
-def _zip(picture: Picture) -> Iterator[tuple[BoxPixels, str]]:
-    return zip(picture.boxes, picture.names, strict=True)
-
-
 def _detected(model: Model, found: Found, picture: Picture, place: int) -> str:
     seen = judged(picture, found)
-    boxes = [_box(picture.boxes[each], "box-missed", "", f"missed: {picture.names[each]}", picture) for each in seen.missed]
-    entries = []
-    for number, (box, name, score) in enumerate(zip(found.boxes, found.names, found.scores, strict=True)):
-        right = number in seen.right
-        told = f"{name} {score:.2f}"
-        boxes.append(_box(box, "box-right" if right else "box-wrong", str(number + 1), f"{told}, {'right' if right else 'wrong'}", picture))
-        entries.append(Cell(name, f"{score:.2f}", "right" if right else "wrong"))
-    told = f"{len(seen.right)} right, {len(found.boxes) - len(seen.right)} wrong, {len(seen.missed)} missed"
-    order = sorted(range(len(boxes)), key=lambda each: (each - len(seen.missed) in seen.right, -each))  # right ones, and the best, on top
-    drawn = overlay(picture, [boxes[each] for each in order], f"picture-{place}", f"{picture.name}: what {model.label} finds: {told}")
-    return figure(model.label, f"{drawn}<p>{told}</p>" + _list(entries, f"what {model.label} finds"))
+    wide = len(str(len(found.boxes)))
+    boxes, entries = [], []
+    for number, (box, name, score, what) in enumerate(zip(found.boxes, found.names, found.scores, seen.boxes, strict=True), 1):
+        kind = "box-right" if what == RIGHT else "box-wrong"
+        boxes.append((what == RIGHT, -number, _box(box, kind, str(number), wide, f"{name} {score:.2f}, {what}", picture)))
+        entries.append(Cell(name, f"{score:.2f}", what))
+    on_top = [drawn for _, _, drawn in sorted(boxes)]  # right ones above wrong ones, the best last
+    missed = [_box(picture.boxes[each], "box-missed", "", 0, f"missed: {picture.names[each]}", picture) for each in seen.missed]
+    drawn = overlay(picture, [*missed, *on_top], f"picture-{place}", f"{picture.name}: what {model.label} finds: {seen.told()}")
+    return figure(model.label, f"{drawn}<p>{seen.told()}</p>" + _list(entries, f"what {model.label} finds"))
 
 
 def _list(entries: Sequence[Cell], label: str) -> str:
     """Numbers as they stand at the boxes, names, scores."""
     told = "".join(
-        f'<li class="{each.kind}">{escape(each.text)}{f" <b>{escape(each.below)}</b>" if each.below else ""}'
-        f"{' <i>wrong</i>' if each.kind == 'wrong' else ''}</li>"
+        f'<li class="{"wrong" if each.kind not in ("", RIGHT) else RIGHT}">{escape(each.text)}'
+        f"{f' <b>{escape(each.below)}</b>' if each.below else ''}{f' <i>{each.kind}</i>' if each.kind not in ('', RIGHT) else ''}</li>"
         for each in entries[:LISTED]
     )
     more = f"<p>and {len(entries) - LISTED} more</p>" if len(entries) > LISTED else ""
-    return f'<ol class="found" aria-label="{escape(label)}">{told}</ol>{more}' if told else '<p class="note">nothing</p>'
+    return f'<ol class="found" aria-label="{escape(label)}">{told}</ol>{more}' if told else "<p>nothing</p>"
 
 
-def _box(box: BoxPixels, kind: str, label: str, told: str, picture: Picture) -> str:
+def _box(box: BoxPixels, kind: str, label: str, wide: int, told: str, picture: Picture) -> str:
+    """A box with its number on a plate; `wide`: how many digits all plates of a picture have room for."""
     left, top, right, bottom = box
-    size = max(picture.width, picture.height)
     text = ""
     if label:
-        high, wide = size / 17, size / 17 * (0.35 + 0.58 * len(label))
-        x, y = min(max(left, 0), picture.width - wide), min(max(top, 0), picture.height - high)
+        high = max(picture.width, picture.height) / 17
+        width = high * (0.35 + 0.58 * wide)
+        x, y = min(max(left, 0), picture.width - width), min(max(top, 0), picture.height - high)
         text = (
-            f'<rect class="{kind} plate" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high:.1f}"/>'
-            f'<text class="plate-text" x="{x + wide / 2:.1f}" y="{y + high * 0.8:.1f}" font-size="{high * 0.85:.1f}"'
-            f' text-anchor="middle">{escape(label)}</text>'
+            f'<rect class="{kind} plate" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{high:.1f}"/>'
+            f'<text class="plate-text" x="{x + width / 2:.1f}" y="{y + high * 0.8:.1f}" font-size="{high * 0.85:.1f}"'
+            f' text-anchor="middle">{label}</text>'
         )
     shape = f'x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0):.1f}" height="{max(bottom - top, 0):.1f}"'
     return f'<g><title>{escape(told)}</title><rect class="{kind}" {shape}/>{text}</g>'
@@ -252,10 +258,12 @@ RESULTS = Part(
     "What it comes to",
     "One row a model; below a number how it stands to the first row. AP in percent: higher is better.",
     results,
+    ("accuracy", "speed"),
 )
 PICTURES = Part(
     "pictures",
     "What the models find",
-    "The same pictures under each model; numbers lead from a box to its name and score.",
+    "The same pictures under each model; numbers lead from a box to its name and score. A box is right on an object of its name from an "
+    "overlap of one half on.",
     pictures,
 )

@@ -47,6 +47,8 @@ tbody tr:last-child > * { border-bottom: 0 }
 thead th { color: var(--muted); font-weight: 600; font-size: 12.5px; line-height: 1.3; vertical-align: bottom; background: var(--tint);
   position: sticky; top: 0; white-space: normal; overflow-wrap: normal }
 tbody th { font-weight: 600 }
+tr > :first-child { position: sticky; left: 0; background: var(--page); z-index: 1 }
+thead tr > :first-child { background: var(--tint); z-index: 2 }
 .number { text-align: right }
 small { display: block; color: var(--muted); font-weight: 400; font-size: 12px }
 #measured td { white-space: normal }
@@ -114,6 +116,7 @@ figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px; line-height:
   h1 { font-size: 22px }
   .verdict { font-size: 16.5px; padding: 12px 14px }
   th, td { padding: 6px 9px }
+  tbody th { white-space: normal; min-width: 8.5em }
   dl { grid-template-columns: 1fr }
   dd { margin-bottom: 6px }
 }

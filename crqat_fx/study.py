@@ -21,7 +21,7 @@ from torch import nn
 from crqat_fx.bench import BenchSettings, bench, machine, operators_of
 from crqat_fx.checkpoint import Checkpoint, model_of
 from crqat_fx.cost import Measurement, measure, price
-from crqat_fx.data.opening import open_evaluation, size_of_data
+from crqat_fx.data.opening import SHAPES, open_evaluation, size_of_data
 from crqat_fx.data.samples import EvaluationSet, FirstPictures
 from crqat_fx.detections import Detector
 from crqat_fx.distortion import Distortion, distortion
@@ -89,7 +89,7 @@ class StudySettings:
     compared: int = 64  # pictures that drift is measured on; 0: none
     noise: int = 4  # pictures that quantizers are watched on; 0: none
     shown: int = 4  # pictures with boxes
-    conf: float = 0.25  # lowest score that is shown
+    conf: float = 0.3  # lowest score that is shown
     verified: int = 1  # pictures of the ladder; 0: none
     rounds: int = 15  # of the bench; 0: no speed
     operators: int = 10  # runs that the time by operator is taken from; 0: neither that nor integer coverage
@@ -118,14 +118,13 @@ def study(
     """Measures the contenders on `data`, a data.yaml or `shapes`. The first is a float model, which the others are compared with."""
     if not contenders:
         raise UserError("no model to study", remedy="name one or more")
-    opened = [_open(each) for each in contenders]
-    first = opened[0]
+    first = _open(contenders[0])
     if first.prepared is not None:
         raise UserError("is prepared: the others are compared with a float model", where=contenders[0].model, remedy="name a checkpoint")
+    opened = [first, *(_open(each) for each in contenders[1:])]
     size = next((each.size for each in reversed(opened) if each.size is not None), size_of_data(data).get("size", 640))
-    dataset, texts = open_evaluation(data, size, settings.pictures or EvaluateSettings.pictures)
-    if settings.pictures:
-        dataset = FirstPictures(dataset, settings.pictures)
+    scored = settings.pictures or EvaluateSettings.pictures  # of the drawn task, which has as many pictures as it is asked for
+    dataset, texts = open_evaluation(data, size, max(scored, settings.compared, settings.shown, settings.noise, settings.verified))
     vocabulary = texts or next((each.vocabulary for each in reversed(opened) if each.vocabulary is not None), None)
     if vocabulary is None:
         raise UserError("brings no vocabulary, nor does a model", where=data, remedy="name one in the data.yaml")
@@ -133,7 +132,14 @@ def study(
         vocabulary.check_width(each.config.text_width, each.contender.model)
         if each.prepared is not None:
             each.prepared.vocabulary = vocabulary
-    task = _Task(dataset, vocabulary, size, settings, progress)
+    task = _Task(
+        dataset,
+        dataset if settings.pictures is None and data != SHAPES else FirstPictures(dataset, scored),
+        vocabulary,
+        size,
+        settings,
+        progress,
+    )
     models, heat = [], tuple[HeatPicture, ...]()
     for each in opened:
         found, pictures = _measured(each, first, task)
@@ -179,9 +185,16 @@ class _Task:
     """What all contenders are measured on, and how."""
 
     def __init__(
-        self, dataset: EvaluationSet, vocabulary: Vocabulary, size: int, settings: StudySettings, progress: Progress | None
+        self,
+        dataset: EvaluationSet,
+        scored: EvaluationSet,
+        vocabulary: Vocabulary,
+        size: int,
+        settings: StudySettings,
+        progress: Progress | None,
     ) -> None:
-        self.dataset, self.vocabulary, self.size, self.settings = dataset, vocabulary, size, settings
+        self.dataset, self.scored = dataset, scored  # whole; what AP is measured on
+        self.vocabulary, self.size, self.settings = vocabulary, size, settings
         self.progress = progress
         readable = (index for index in range(len(dataset)) if read_picture_or_skip(dataset, index) is not None)
         self.shown = tuple(itertools.islice(readable, settings.shown))
@@ -259,7 +272,7 @@ def _accuracy(opened: _Opened, task: _Task, missing: dict[Section, str]) -> Accu
         return None
     detector = task.detector(opened)
     tell = task.tell(f"{opened.contender.label}, AP")
-    result = evaluate(detector, task.dataset, task.settings.metric, batch_size=task.settings.batch, progress=tell)
+    result = evaluate(detector, task.scored, task.settings.metric, batch_size=task.settings.batch, progress=tell)
     groups = {"all": result.scores, **result.split, **result.frequency}
     engine: Literal["torch", "onnxruntime"] = "onnxruntime" if isinstance(detector, OnnxDetector) else "torch"
     return Accuracy(engine, result.pictures, result.objects, {name: scores.ap for name, scores in groups.items()})
@@ -354,7 +367,7 @@ def _of_file(opened: _Opened, model: Model, task: _Task) -> Model:
     if settings.operators:
         task.tell(model.label)(0, settings.operators, "time by operator")
         measured = BenchSettings(settings.threads, settings.operators, size=task.size, texts=len(task.vocabulary))
-        integers = operators_of(file, measured)
+        integers = dataclasses.replace(operators_of(file, measured), path=Path(file.name))
     else:
         missing["integers"] = "not measured: give --operators a number of runs"
     if opened.prepared is None:

@@ -150,6 +150,7 @@ APPLICATIONS = {
     "prepared_inspection",
     "findings",
     "run_history",
+    "run_study",
     "study",
     "charts",
     "report",

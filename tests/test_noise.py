@@ -80,6 +80,36 @@ def test_local_is_what_one_quantizer_does_to_what_it_is_given_weights_included(p
         assert noise.local[name] == pytest.approx(wanted, abs=1e-3)
 
 
+def test_clipped_is_the_share_of_values_beyond_the_ends_of_the_range(prepared):
+    """Told by another way than codes: a value is clipped where it lies more than half a step beyond the values of the end codes."""
+    narrowed = [each for each in prepared.quantizers().values() if each.log_scale is not None and each.spec.channel_axis is None]
+    given = {}
+    names = {each: name for name, each in prepared.quantizers().items() if each in narrowed and not each.weight}
+    handles = [
+        each.register_forward_pre_hook(lambda module, inputs: given.setdefault(names[module], []).append(inputs[0])) for each in names
+    ]
+    scales = [each.log_scale.detach().clone() for each in narrowed]
+    inputs = batches(prepared)[:1]
+    try:
+        for each in narrowed:
+            each.log_scale.data -= math.log(3)
+        noise = measure_noise(prepared, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for each, scale in zip(narrowed, scales, strict=True):
+            each.log_scale.data = scale
+    for name, calls in given.items():
+        quantizer = prepared.quantizers()[name]
+        x, step = torch.cat([each.flatten() for each in calls]), quantizer.scale.detach() / 3
+        zero = quantizer.zero_points
+        low, high = ((code - zero) * step for code in (quantizer.quant_min, quantizer.quant_max))
+        wanted = ((x < low - step / 2) | (x > high + step / 2)).float().mean()
+        assert noise.clipped[name] == pytest.approx(float(wanted), abs=2e-3), name
+    usual = measure_noise(prepared, inputs).clipped
+    assert sum(noise.clipped[name] for name in names.values()) > 5 * sum(usual[name] for name in names.values())
+
+
 def test_pictures_add_up_whatever_batches_they_come_in(prepared):
     together, apart = (measure_noise(prepared, list(picture_batches(prepared, pictures(3), size))) for size in (3, 1))
     assert together.pictures == apart.pictures == 3
