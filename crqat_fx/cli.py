@@ -1329,7 +1329,8 @@ def report(
     """Measure the models of a training run side by side, and show all that was found in one HTML page that needs no network.
 
     Compared are the teacher in floats, the model that the run began with, and what it came to; each is exported for what is measured of
-    files. A study that was measured, by this or by `demo`, is drawn again. The exit status is 1 where an exported file departs from its model.
+    files. A study that was measured, by this or by `demo`, is drawn again. The exit status is 1 where an exported file departs from its
+    model.
     """
     from crqat_fx.findings import STUDY, closing_table, load_study
     from crqat_fx.report import write_report

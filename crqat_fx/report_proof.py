@@ -8,18 +8,9 @@ from crqat_fx.charts import axis, key, stacks
 from crqat_fx.findings import Model, Study
 from crqat_fx.report_parts import NOTHING, Cell, Part, figure, folded, grid, number, share, table
 from crqat_fx.verify import Verification
+from crqat_fx.work import OTHER, by_work
 
-# operators by what they do, in the order of a bar's parts; what has multiply-accumulates is a product whatever its name
-DEEDS = {
-    "products": (),
-    "activations": ("Sigmoid", "QLinearSigmoid", "Mul", "QLinearMul", "HardSigmoid", "Relu", "QuickGelu", "Clip"),
-    "codes to floats and back": ("QuantizeLinear", "DequantizeLinear"),
-    "joins and moves": (
-        *("Concat", "QLinearConcat", "Split", "Reshape", "Transpose", "Pad", "Tile", "Resize", "Slice", "Unsqueeze", "Squeeze"),
-        *("Gather", "Expand", "Flatten", "ReorderInput", "ReorderOutput", "Upsample"),
-    ),
-    "other": (),
-}
+SPARE = 6  # kinds of work that a bar tells apart; the rest is one part
 
 
 def integers(study: Study) -> str:
@@ -56,22 +47,17 @@ def _spread(model: Model) -> Cell:
 
 
 def _times(study: Study, measured: Sequence[tuple[Model, Operators]]) -> Iterator[str]:
-    parts = [deed for deed in DEEDS if any(_by_deed(found)[deed] for _, found in measured)]
-    values = [[_by_deed(found)[deed] for deed in parts] for _, found in measured]
-    labels = [model.label for model, _ in measured]
-    x = axis("milliseconds of one run, by what operators do", [sum(each) for each in values], from_zero=True, room=0.02)
-    yield figure(
-        "Where the time goes, from onnxruntime's profiler",
-        stacks("time by operator", labels, parts, values, x, "ms") + key(((part, place) for place, part in enumerate(parts)), squares=True),
-    )
-
-
-def _by_deed(found: Operators) -> dict[str, float]:
-    deeds = dict.fromkeys(DEEDS, 0.0)
-    for each in found.times:
-        deed = "products" if each.macs else next((deed for deed, kinds in DEEDS.items() if each.kind in kinds), "other")
-        deeds[deed] += each.milliseconds
-    return deeds
+    *kinds, _ = by_work([found.times for _, found in measured])
+    kinds.sort(key=lambda work: (work.name == OTHER, -sum(work.milliseconds)))
+    parts = [(work.name, work.milliseconds) for work in kinds[:SPARE]]
+    if kinds[SPARE:]:
+        parts.append(("the rest", tuple(map(sum, zip(*(work.milliseconds for work in kinds[SPARE:]), strict=True)))))
+    names, labels = [name for name, _ in parts], [model.label for model, _ in measured]
+    values = [[taken[place] for _, taken in parts] for place in range(len(measured))]
+    x = axis("milliseconds of one run, by kind of work", [sum(each) for each in values], from_zero=True, room=0.02)
+    drawn = stacks("time by kind of work", labels, names, values, x, "ms")
+    legend = key(((name, place) for place, name in enumerate(names)), squares=True)
+    yield figure("Where the time goes, from onnxruntime's profiler", drawn + legend)
 
 
 def _details(model: Model, found: Operators) -> str:
