@@ -148,15 +148,14 @@ def int_of(cell: Cell, name: str) -> int:
 
 @functools.cache
 def commit() -> str:
-    """Of the code that runs, `+` after it where files of the library are changed."""
+    """The last that changed the library, `+` after it where there are changes beside."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        paths = ("--", "crqat_fx", "passes")
+        return subprocess.run(["git", *arguments, *paths], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "crqat_fx", "passes", "benchmarks/*.py") else ""
-        )
+        return git("log", "-1", "--format=%h", "--abbrev=12") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown: not run in a checkout"
 

@@ -113,7 +113,7 @@ def _facts(results: Mapping[str, Result]) -> Iterator[str]:
     commits = sorted({result.versions["commit"] for result in results.values()})
     hours = sum(sum(result.seconds.values()) for result in results.values()) / 3600
     yield "Written by `python benchmarks/ablation.py --render` from the cells in `ablation/`; the protocol, fixed before, is `protocol.md`."
-    yield f"{len(results)} cells, {hours:.1f} hours of one core, code of commit {', '.join(commits) or '(none)'}."
+    yield f"{len(results)} cells, {hours:.1f} hours of one core, library of commit {', '.join(commits) or '(none)'}."
     yield ""
     yield "AP in percent on the first pictures of the drawn task's `val`; drift is the mean absolute error of cosines (embedding space) and"
     yield "of scores' relations (confidence space) against full precision. Mean ± standard error over n seeds; a difference is between runs"
