@@ -30,9 +30,9 @@ bench-peers: $(PEERS)
 wheel: $(INSTALLED)
 	$(BIN)/python .ci/wheel.py
 
-# runs the README's code blocks
+# runs the code blocks of the README and of the pages in docs/
 readme: $(INSTALLED)
-	$(BIN)/python .ci/readme.py README.md
+	$(BIN)/python .ci/readme.py README.md docs/*.md
 
 # torch first, by exact version and on its own: a range would pull in builds for accelerators that are not there
 $(INSTALLED): setup.cfg constraints.txt

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from crqat_fx.quantize.prepare import load_prepared, prepare
     from crqat_fx.recipe import QuantRecipe
     from crqat_fx.report import write_report
-    from crqat_fx.run_study import study_run
+    from crqat_fx.run_study import RunStudySettings, study_run
     from crqat_fx.study import Contender, StudySettings, study
     from crqat_fx.torch_detector import TorchDetector
     from crqat_fx.trace import trace
@@ -48,6 +48,7 @@ _API = {
     "OnnxDetector": "onnx_detector.OnnxDetector",
     "QatSettings": "qat.QatSettings",
     "QuantRecipe": "recipe.QuantRecipe",
+    "RunStudySettings": "run_study.RunStudySettings",
     "ShapesBatches": "data.shapes_batches.ShapesBatches",
     "ShapesSet": "data.shapes.ShapesSet",
     "ShapesTask": "data.shapes.ShapesTask",
@@ -92,6 +93,7 @@ __all__ = [
     "OnnxDetector",
     "QatSettings",
     "QuantRecipe",
+    "RunStudySettings",
     "ShapesBatches",
     "ShapesSet",
     "ShapesTask",

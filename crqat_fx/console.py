@@ -70,6 +70,15 @@ def progress(title: str) -> Iterator[Report]:
         yield report
 
 
+@contextmanager
+def deed(title: str) -> Iterator[Report]:
+    """One of several long deeds: a bar while it lasts, and a line with its time that stays."""
+    started = time.monotonic()
+    with progress(title) as report:
+        yield report
+    note(f"{title}: done in {time.monotonic() - started:.0f} s")
+
+
 def _lines(title: str) -> Report:
     last = time.monotonic()
 
@@ -97,9 +106,12 @@ def show_json(report: Mapping[str, Any] | Sequence[Any]) -> None:
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]], digits: int = 1) -> Table:
     """Text on the left, numbers on the right."""
     drawn = Table(title=Text(title), title_justify="left")
+    written = [["-" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     for number, name in enumerate(head):
         numeric = all(isinstance(row[number], int | float | None) for row in rows)
-        drawn.add_column(Text(name), justify="right" if numeric else "left")
-    for row in rows:  # as Text: a name may look like markup
-        drawn.add_row(*(Text("-" if cell is None else f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)) for cell in row))
+        longest = max((len(row[number]) for row in written), default=0)
+        # nothing is cut short, however narrow the terminal: numbers keep their width, words go on in the next line
+        drawn.add_column(Text(name), justify="right" if numeric else "left", min_width=longest if numeric else None, overflow="fold")
+    for cells in written:  # as Text: a name may look like markup
+        drawn.add_row(*map(Text, cells))
     return drawn

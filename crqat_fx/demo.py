@@ -1,92 +1,134 @@
-"""The main job on what the package carries: the shipped models and the drawn task, with no download and no file of the user's.
+"""The whole product on what the package carries: the shipped v2 model and the drawn task, with no download and no file of the user's.
 
-out/pictures     validation pictures of the drawn task
-out/detections   the same with what the shipped v2 model finds
-out/stages.svg   its graph, curriculum stages in colour
-out/fp32.onnx    it as exported in floats, as the comparison
-out/prepared.pt  it with quantizers of the default recipe, their ranges set, not trained
-out/int4.onnx    that in integers, its weights packed; verified against it, evaluated and timed in onnxruntime
-out/demo.json    the closing tables
+    out/fp32.onnx               the shipped model as it is written: what the others are compared with
+    out/RECIPE/prepared.pt      with quantizers, their ranges set on pictures, not trained; ptq.onnx is that, exported
+    out/RECIPE/run/             trained by the curriculum, the shipped model as its teacher; cr-qat.onnx is that, exported
+    out/study.json              what was measured of all of them, in onnxruntime
+    out/report.html             that as a page
+
+All of these are files as the commands write them, and as they take them.
 """
 
-import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import cv2
-
-from crqat_fx.bench import bench
 from crqat_fx.checkpoint import load_model
-from crqat_fx.cost import measure, price
-from crqat_fx.data.shapes import ShapesSet, ShapesTask
-from crqat_fx.detect import detect_pictures
-from crqat_fx.evaluate import evaluate
+from crqat_fx.data.opening import SHAPES
+from crqat_fx.data.shapes import ShapesTask
+from crqat_fx.errors import UserError
 from crqat_fx.export import export
-from crqat_fx.files import written
-from crqat_fx.graph_picture import save_picture
-from crqat_fx.onnx_detector import OnnxDetector
-from crqat_fx.pictures import find_sources
-from crqat_fx.pipelines import prepare_passes
+from crqat_fx.findings import STUDY, Study
 from crqat_fx.progress import Progress
+from crqat_fx.qat import PREPARED, QatSettings, train_file
 from crqat_fx.quantize.calibrate import calibrate, picture_batches
-from crqat_fx.quantize.prepare import prepare
-from crqat_fx.recipe import DEFAULT_RECIPE, preset
-from crqat_fx.shipped import SHIPPED
-from crqat_fx.torch_detector import TorchDetector
-from crqat_fx.trace import trace
-from crqat_fx.verify import verify_file
+from crqat_fx.quantize.prepare import load_prepared, prepare
+from crqat_fx.report import write_report
+from crqat_fx.study import Contender, StudySettings, study
+from crqat_fx.train import LAST
 
-SHOWN = 12  # pictures drawn for looking at
-DRAWN_ABOVE = 0.3  # score
-RECIPES = ("8-8-8-int", "4-8-8-int", "4-4-8")
-CALIBRATED_ON, VERIFIED_ON = 128, 2  # pictures
+MODEL = "pico-v2"
+RECIPES = {"8-8-8-int": False, "4-8-8-int": True, "4-4-8": True}  # and whether it is trained as well
+RATE = 5e-4  # for a few hundred steps; the published training takes a hundred times as many at less
+REPORT = "report.html"
+
+Begin = Callable[[str], AbstractContextManager[Progress]]  # of a deed, by what it is called; its progress is told to what comes back
 
 
-def demo(out: Path, *, pictures: int = 500, progress: Progress | None = None) -> dict[str, Any]:
-    """Draws, detects, evaluates, counts, quantizes, exports, verifies and times; returns the closing tables as JSON can write them."""
-    report: dict[str, Any] = {"pictures": pictures, "accuracy": [], "cost": []}
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of the command `demo`: for under ten minutes on two cores."""
+
+    steps: int = 240  # of each training
+    pictures: int = 500  # that AP is measured on; in training a fifth of them
+    calibration: int = 128  # pictures that ranges are set on
+    compared: int = 64  # pictures that drift is measured on; 0: none
+    rounds: int = 9  # of the bench
+
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 2, "pictures": 1, "calibration": 1, "rounds": 1}.items():  # a curriculum has two phases
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}", where=f"--{name}", remedy=f"give a number from {least}")
+
+
+@dataclass(frozen=True)
+class QuickSettings(DemoSettings):
+    """Of `demo --quick`: for under two minutes, to see it work and not to judge by."""
+
+    steps: int = 18
+    pictures: int = 60
+    calibration: int = 32
+    compared: int = 8
+    rounds: int = 5
+
+
+@contextmanager
+def _untold(_what: str) -> Iterator[Progress]:
+    yield lambda _done, _total, _at: None
+
+
+def demo(out: Path, settings: DemoSettings | None = None, begin: Begin = _untold) -> Study:
+    """Quantizes the shipped model by each recipe, trains it where a recipe asks for it, exports every form, verifies, scores and times
+    them, and writes the report. What an earlier demo left in `out` is replaced."""
+    asked = settings or DemoSettings()
+    _make_way(out)
+    deeds = _numbered(begin, 1 + len(RECIPES) + sum(RECIPES.values()))
+    contenders = [Contender("FP32", MODEL, out / "fp32.onnx")]
+    for recipe, trained in RECIPES.items():
+        with deeds(f"PTQ at {recipe}") as progress:
+            contenders.append(_calibrated(out / recipe, recipe, asked, progress))
+        if trained:
+            with deeds(f"CR-QAT at {recipe}") as progress:
+                contenders.append(_trained(out / recipe, recipe, asked, progress))
+    with deeds("verify, evaluate and time all in onnxruntime") as progress:
+        model, _ = load_model(MODEL)
+        export(model, out / "fp32.onnx", vocabulary=ShapesTask().vocabulary, form="straight", size=ShapesTask.size)
+        noise = min(asked.compared, StudySettings.noise)
+        measured = StudySettings(pictures=asked.pictures, compared=asked.compared, noise=noise, rounds=asked.rounds)
+        found = study(contenders, SHAPES, measured, title=f"{MODEL} on the drawn task", progress=progress)
+        found.save(out / STUDY)
+        write_report(found, out / REPORT)
+    return found
+
+
+def _calibrated(folder: Path, recipe: str, settings: DemoSettings, progress: Progress) -> Contender:
+    model, _ = load_model(MODEL)
     task = ShapesTask()
-    dataset = ShapesSet(task, "val", pictures)
-    for index in range(min(SHOWN, pictures)):
-        with written(out / "pictures" / f"{index:06d}.png") as temporary:
-            cv2.imwrite(str(temporary), cv2.cvtColor(dataset.picture(index), cv2.COLOR_RGB2BGR))
-    for name in SHIPPED:
-        model, checkpoint = load_model(name)
-        scores = evaluate(TorchDetector(model, task.vocabulary, task.size), dataset, progress=progress)
-        groups = {group: found.ap for group, found in (*scores.split.items(), *scores.frequency.items())}
-        report["accuracy"].append({"model": name, "all": scores.scores.ap, **groups})
-        measured = measure(model, len(task.names), task.size)
-        full = price(measured)
-        for label, counted in [("FP32", full), *((recipe, price(measured, preset(recipe))) for recipe in RECIPES)]:
-            total = counted.export_total
-            report["cost"].append({"model": name, "recipe": label, "gbops": total.bops / 1e9, "mib": total.size_mib})
-    graph = trace(model)
-    prepare_passes()(graph)
-    save_picture(graph, out / "stages.svg", f"{name}: {checkpoint.path.name}")
-    detector = TorchDetector(model, task.vocabulary, task.size, conf=DRAWN_ABOVE)
-    detect_pictures(detector, find_sources([out / "pictures"]), out / "detections")
-    report |= _exported(name, task, dataset, out, progress)
-    with written(out / "demo.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    return report
+    prepared = prepare(model, recipe=recipe, vocabulary=task.vocabulary, size=task.size, take_over=True)
+    shown = (task.draw("calibration", index).image for index in range(settings.calibration))
+    calibrate(prepared, picture_batches(prepared, shown), count=settings.calibration, progress=progress)
+    prepared.save(folder / PREPARED)
+    export(prepared, folder / "ptq.onnx")
+    return Contender(f"PTQ {recipe}", str(folder / PREPARED), folder / "ptq.onnx")
 
 
-def _exported(name: str, task: ShapesTask, dataset: ShapesSet, out: Path, progress: Progress | None) -> dict[str, Any]:
-    """A shipped model in floats and in integers, both as onnxruntime runs them."""
-    model, _ = load_model(name)
-    prepared = prepare(model, recipe=DEFAULT_RECIPE, vocabulary=task.vocabulary, size=task.size)
-    shown = (task.draw("calibration", index).image for index in range(CALIBRATED_ON))
-    calibrate(prepared, picture_batches(prepared, shown), "omse", CALIBRATED_ON, progress=progress)
-    prepared.save(out / "prepared.pt")
-    files = [out / "fp32.onnx", out / "int4.onnx"]
-    export(model, files[0], vocabulary=task.vocabulary, form="straight", size=task.size)
-    export(prepared, files[1])
-    looked_at = (dataset.picture(index) for index in range(min(VERIFIED_ON, len(dataset))))
-    ladder = verify_file(prepared, files[1], looked_at, count=VERIFIED_ON, progress=progress)
-    timed = bench(files, progress=progress)
-    rows = []
-    for file, timing in zip(files, timed.timings, strict=True):
-        scores = evaluate(OnnxDetector(file), dataset, progress=progress)
-        ratio = timing.times_faster_than(timed.timings[0]).median
-        rows.append({"file": file.name, "mib": file.stat().st_size / 2**20, "ap": scores.scores.ap, "times as fast": ratio})
-    return {"exported": rows, "recipe": DEFAULT_RECIPE, "verified": ladder.as_dict()}
+def _trained(folder: Path, recipe: str, settings: DemoSettings, progress: Progress) -> Contender:
+    training = QatSettings(
+        steps=settings.steps, rate=RATE, norm="frozen", teacher=MODEL, size=ShapesTask.size, calibration=settings.calibration,
+        reestimate=min(20, settings.steps), ap_pictures=settings.pictures // 5, watch_every=max(1, settings.steps // 12),
+    )  # fmt: skip
+    result = train_file(folder / PREPARED, training, folder / "run", progress=progress)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    export(load_prepared(result.model), folder / "cr-qat.onnx")
+    return Contender(f"CR-QAT {recipe}", str(result.model), folder / "cr-qat.onnx", run=folder / "run")
+
+
+def _numbered(begin: Begin, total: int) -> Begin:
+    """Says of each deed which of how many it is."""
+    waiting = iter(range(1, total + 1))
+    return lambda what: begin(f"{next(waiting)} of {total}: {what}")
+
+
+def _make_way(out: Path) -> None:
+    """Removes an earlier demo's runs, which training would not replace, and its report, which is not to stand beside others' models."""
+    runs = [out / recipe / "run" for recipe, trained in RECIPES.items() if trained and (out / recipe / "run").exists()]
+    for run in runs:
+        if not (run / LAST).is_file():
+            raise UserError("is in the way, and no run of training", where=run, remedy="remove it, or name another folder with --out")
+    for run in runs:
+        shutil.rmtree(run)
+    for name in (STUDY, REPORT):
+        (out / name).unlink(missing_ok=True)
