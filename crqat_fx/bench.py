@@ -25,13 +25,12 @@ from crqat_fx.errors import UserError
 from crqat_fx.onnx_profile import OperatorTime, operator_times, profile
 from crqat_fx.onnx_run import Extent, made_up_inputs, run
 from crqat_fx.onnx_session import open_session
+from crqat_fx.processor import instruction_sets, processor_name
 from crqat_fx.progress import Progress
 
 Once = Callable[[], object]  # runs a model once
 Start = Callable[[Path, Extent, int], Once]  # the file, what its open axes become, threads; called in the process that will run it
 
-# of the instruction sets that a processor has, those that decide between kernels
-ISA = ("AVX2", "FMA3", "AVX512F", "AVX512VNNI", "AVX512BF16", "ASIMD", "ASIMDDP", "ASIMDFHM", "SVE")
 PATIENCE = 60.0  # seconds for a process to end
 
 
@@ -172,11 +171,9 @@ def operators_of(path: Path, settings: BenchSettings = USUAL) -> Operators:
 
 def machine() -> dict[str, str]:
     """What the figures depend on besides the models."""
-    from numpy._core._multiarray_umath import __cpu_features__ as features  # type: ignore[import-not-found]  # as np.show_runtime reads it
-
     return {
-        "processor": _processor(),
-        "isa": " ".join(name for name in ISA if features.get(name)),
+        "processor": processor_name(),
+        "isa": " ".join(instruction_sets()),
         "system": platform.platform(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
@@ -188,15 +185,6 @@ def machine() -> dict[str, str]:
 def format_machine(known: Mapping[str, str]) -> str:
     versions = ("python", "onnxruntime", "numpy", "crqat-fx")
     return ", ".join([known["processor"], known["isa"], known["system"], *(f"{name} {known[name]}" for name in versions)])
-
-
-def _processor() -> str:
-    listed = Path("/proc/cpuinfo")  # where there is none, what Python knows
-    if listed.is_file():
-        for line in listed.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 class _Runner:

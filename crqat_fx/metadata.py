@@ -27,6 +27,7 @@ from crqat_fx.vocabulary import checked_names
 
 FORMAT = "1"
 IMAGES, TEXT = "images", "text"  # what a file's inputs are called
+FULL = "vnni"  # the processor that a file is for: its weights have all their 8 bits
 PREFIX = "crqat_fx."
 
 Outputs = Literal["decoded", "raw", "nms"]

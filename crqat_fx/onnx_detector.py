@@ -18,8 +18,8 @@ from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from crqat_fx.detect import DetectSettings, open_vocabulary, split_names
 from crqat_fx.detections import Detections, Selection, check_picture, pick, postprocess, postprocess_decoded, postprocess_kept
 from crqat_fx.errors import UserError
-from crqat_fx.metadata import IMAGES, TEXT, Metadata
-from crqat_fx.onnx_session import EXPORT, FAILURES, open_session, reason_of
+from crqat_fx.metadata import FULL, IMAGES, TEXT, Metadata
+from crqat_fx.onnx_session import EXPORT, FAILURES, open_session, reason_of, summing_whole
 from crqat_fx.pictures import PADDING, Placement, letterbox
 from crqat_fx.vocabulary import Vocabulary, rows_of
 
@@ -103,6 +103,8 @@ class OnnxDetector:
         self.path = Path(path)
         self._session = open_session(self.path, threads)
         self.metadata = read_metadata(self._session, self.path)
+        if self.metadata.cpu == FULL:
+            self._session = open_session(self.path, threads, summing_whole())
         self._inputs = checked_inputs(self._session, self.metadata, self.path)
         self._outputs = checked_outputs(self._session, self.metadata, self.path)
         self.canvas = _canvas(self.metadata, size, self.path)

@@ -42,6 +42,14 @@ def open_session(
         raise UserError(f"cannot be opened by onnxruntime ({reason_of(error)})", where=source, remedy=EXPORT) from error
 
 
+def summing_whole() -> onnxruntime.SessionOptions:
+    """Options for a file whose weights have all their 8 bits: on processors that would saturate its sums onnxruntime takes slower kernels,
+    and on others the same as ever."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
 def reason_of(error: Exception) -> str:
     """onnxruntime's message without its codes, and not longer than a line."""
     reason = " ".join(str(error).rpartition(" failed:")[2].split()).rstrip(".") or type(error).__name__

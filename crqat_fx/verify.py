@@ -32,9 +32,10 @@ from torch import Tensor
 
 from crqat_fx.errors import UserError
 from crqat_fx.lower import Lowered, lower
-from crqat_fx.metadata import IMAGES, Metadata
+from crqat_fx.metadata import FULL, IMAGES, Metadata
 from crqat_fx.onnx_cuts import LARGEST, SHIFTED, Codes, cut
 from crqat_fx.onnx_detector import read_onnx
+from crqat_fx.processor import sums_products_whole
 from crqat_fx.progress import Progress
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.recording import Record, expected_in_file, record_lowered, record_prepared, remade_products
@@ -49,6 +50,7 @@ PLAIN_SHARE, OPTIMISED_SHARE = 1e-4, 1e-3
 AP_APART = 0.2
 PUT_OUT = 1e-3  # of the largest value of an output in floating point
 SELECTED = 1e-3  # a detection's pixels, score and label
+SATURATES = "this processor has no VNNI, and the file is for one that has: sums may saturate here; prepare without --cpu vnni for any"
 PICTURE_CODES = (f"quant.{IMAGES}.output.codes",)  # a picture in bytes is its codes
 
 
@@ -123,7 +125,7 @@ def verify_file(
     assert texts is not None  # what was checked
     lowered = lower(prepared, texts if metadata.text == "constant" else None)
     runs = DetectorTrials(onnx.load(path), metadata, texts)
-    return verify(
+    found = verify(
         prepared,
         lowered,
         runs.model,
@@ -136,6 +138,16 @@ def verify_file(
         threads=threads,
         progress=progress,
     )
+    return explained(found, metadata.cpu)
+
+
+def explained(found: Verification, cpu: str | None) -> Verification:
+    """With the reason why optimised kernels depart, where a file for processors with VNNI was run on another."""
+    if cpu != FULL or sums_products_whole():
+        return found
+    *before, fourth, whole = found.rungs
+    told = fourth if fourth.passed else dataclasses.replace(fourth, detail=f"{fourth.detail}; {SATURATES}")
+    return dataclasses.replace(found, rungs=(*before, told, whole))
 
 
 def accuracy(prepared: float | None, file: float | None) -> Rung:

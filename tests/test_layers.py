@@ -31,6 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "crqat_fx.detections": {*PIXELS, "crqat_fx.pictures"},
     "crqat_fx.draw": {*PIXELS, "crqat_fx.detections"},
     "crqat_fx.metadata": {*GROUND, "crqat_fx.detections", "crqat_fx.vocabulary"},
+    "crqat_fx.processor": {"numpy"},
     "crqat_fx.onnx_session": {*GROUND, "onnxruntime"},
     "crqat_fx.onnx_run": {*GROUND, "numpy", "onnxruntime", "crqat_fx.onnx_session"},
     "crqat_fx.onnx_cuts": {*GROUND, "numpy", "onnx", "onnxruntime", "crqat_fx.onnx_session"},
@@ -121,6 +122,7 @@ LAYERS: dict[str, set[str]] = {
         "crqat_fx.onnx_profile",
         "crqat_fx.onnx_run",
         "crqat_fx.onnx_session",
+        "crqat_fx.processor",
     },
 }
 APPLICATIONS = {
