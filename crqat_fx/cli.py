@@ -1332,7 +1332,7 @@ def report(
     files. A study that was measured, by this or by `demo`, is drawn again. The exit status is 1 where an exported file departs from its
     model.
     """
-    from crqat_fx.findings import STUDY, closing_table, load_study
+    from crqat_fx.findings import STUDY, closing_table, load_study, turned_table
     from crqat_fx.report import write_report
     from crqat_fx.report_results import verdict
     from crqat_fx.run_study import QUICK, RunStudySettings, is_run, study_run
@@ -1359,12 +1359,12 @@ def report(
             found.save(out.parent / STUDY)
             resolved.write(_beside(out), _command("report", run))
         write_report(found, temporary)
-    head, rows = closing_table(found)
     if as_json:
+        head, rows = closing_table(found)
         table = [dict(zip(head, row, strict=True)) for row in rows]
         console.show_json({"out": str(out), "verdict": verdict(found), "table": table, "settings": resolved.as_json()})
     else:
-        console.show(console.table(found.title, head, rows, digits=2))
+        console.show(console.table(found.title, *turned_table(found)))
         console.note(f"{verdict(found)}\nthe page: {out}")
     if any(model.ladder is not None and not model.ladder.passed for model in found.models):
         raise typer.Exit(1)

@@ -269,3 +269,21 @@ def closing_table(study: Study) -> tuple[list[str], list[list[str | float | None
         row += [getattr(model.drift, name).mean_embedding if model.drift else None for name in RELATIONS]
         rows.append(row)
     return head, rows
+
+
+def told(figure: str, value: str | float | None) -> str:
+    """A value of the closing table as text, with the digits that its column bears."""
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    if figure.startswith("AP"):
+        return f"{value:.1f}"
+    if figure.startswith("region"):
+        return f"{value:.4f}"
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def turned_table(study: Study) -> tuple[list[str], list[list[str]]]:
+    """The closing table as a terminal has room for it: a row a figure, a column a model."""
+    head, rows = closing_table(study)
+    figures = [[name, *(told(name, row[place]) for row in rows)] for place, name in enumerate(head)]
+    return ["", *figures[0][1:]], figures[1:]

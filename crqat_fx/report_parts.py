@@ -78,8 +78,8 @@ def figure(caption: str, drawn: str, kind: str = "") -> str:
 
 def grid(figures: Iterable[str], kind: str = "charts") -> str:
     """Figures side by side as far as there is room."""
-    joined = "".join(figures)
-    return f'<div class="{kind}">{joined}</div>' if joined else ""
+    drawn = list(figures)
+    return f'<div class="{kind}" style="--n:{len(drawn)}">{"".join(drawn)}</div>' if drawn else ""
 
 
 def folded(summary: str, content: str) -> str:
@@ -89,11 +89,6 @@ def folded(summary: str, content: str) -> str:
 
 def number(value: float | None, form: str = ".1f") -> str:
     return NOTHING if value is None else format(value, form)
-
-
-def decimals(value: float | None) -> str:
-    """Three digits that count."""
-    return NOTHING if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def share(value: float | None) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 
 from crqat_fx.charts import Series, axis, key, rows, scatter
-from crqat_fx.findings import GROUPS, BoxPixels, Found, Model, Picture, Study, closing_table
-from crqat_fx.report_parts import NOTHING, Cell, Part, figure, grid, named, table
+from crqat_fx.findings import GROUPS, BoxPixels, Found, Model, Picture, Study, closing_table, told
+from crqat_fx.report_parts import Cell, Part, figure, grid, named, table
 
 MATCHED = 0.5  # overlap from which a box is said to be on its object
 LISTED = 12  # boxes a picture that are told by name
@@ -16,12 +16,12 @@ LISTED = 12  # boxes a picture that are told by name
 
 
 def verdict(study: Study) -> str:
-    """What it comes to, in a sentence or two: the last model that was trained, or else the last one, against the first."""
+    """What it comes to, in a sentence or two: of the models that were trained the best one, or else the last model, against the first."""
     first = study.models[0]
     others = study.models[1:]
     if not others:
         return f"{first.label} alone was measured: {_ap(first)}."
-    chosen = next((model for model in reversed(others) if model.training is not None), others[-1])
+    chosen = max((model for model in others if model.training is not None), key=lambda model: _whole(model) or 0.0, default=others[-1])
     untrained = [model for model in others if model.training is None and model.recipe == chosen.recipe and model is not chosen]
     parts = []
     ours, theirs = _whole(chosen), _whole(first)
@@ -33,12 +33,12 @@ def verdict(study: Study) -> str:
         parts.append(f"{'' if parts else f'{chosen.label} '}is {first.counted.size_mib / chosen.counted.size_mib:.1f} times smaller")
     if chosen.speed is not None:
         parts.append(f"runs {chosen.speed.ratio.median:.1f} times as fast")
-    told = (
+    summed = (
         ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0] if parts else "Neither accuracy nor cost was measured"
     )
     ptq = _whole(untrained[-1]) if untrained and chosen.training is not None else None
     without = f" Not trained, the same bits give {ptq:.1f}." if ptq is not None and ours is not None else ""
-    return f"{told}.{without}{_proved(study)}"
+    return f"{summed}.{without}{_proved(study)}"
 
 
 def _proved(study: Study) -> str:
@@ -80,17 +80,15 @@ def _kind(model: Model) -> str:
 
 def _result(name: str, value: str | float | None, reference: str | float | None, model: Model, is_first: bool) -> Cell:
     """A number with how it stands to the first model's."""
-    if value is None or isinstance(value, str):
-        return Cell(NOTHING if value is None else value)
-    known = isinstance(reference, float | int) and not is_first
+    text = told(name, value)
+    if is_first or not isinstance(value, float) or not isinstance(reference, float):
+        return Cell(text)
     if name.startswith("AP"):
-        return Cell(f"{value:.1f}", f"{value - float(reference or 0):+.1f}" if known else "")
+        return Cell(text, f"{value - reference:+.1f}")
     if name in ("MiB", "GBOPs"):
-        return Cell(f"{value:.2f}" if value < 100 else f"{value:,.0f}", f"÷ {float(reference or 0) / value:.1f}" if known and value else "")
-    if name == "times as fast":
-        spread = model.speed.ratio if model.speed is not None and not is_first else None
-        return Cell(f"{value:.2f}", "" if spread is None else f"{spread.low:.2f} to {spread.high:.2f}")
-    return Cell(f"{value:.4f}")
+        return Cell(text, f"÷ {reference / value:.1f}" if value else "")
+    spread = model.speed.ratio if name == "times as fast" and model.speed is not None else None
+    return Cell(text, "" if spread is None else f"{spread.low:.2f} to {spread.high:.2f}")
 
 
 def _charts(study: Study, scored: Sequence[Model]) -> Iterator[str]:
@@ -127,10 +125,10 @@ def _charts(study: Study, scored: Sequence[Model]) -> Iterator[str]:
 
 def _measured(scored: Sequence[Model]) -> str:
     ways = dict.fromkeys((each.accuracy.pictures, each.accuracy.objects, each.accuracy.engine) for each in scored if each.accuracy)
-    told = "; ".join(f"{pictures} pictures with {objects} objects, in {engine}" for pictures, objects, engine in ways)
+    scores = "; ".join(f"{pictures} pictures with {objects} objects, in {engine}" for pictures, objects, engine in ways)
     sizes = "MiB and GBOPs (bit operations, billions) are counted on the graph as an export runs it"
     drift = "region-text and region-region are mean absolute errors of similarity against the first model"
-    return f'<p class="note">AP on {escape(told)}. {sizes}; {drift}.</p>'
+    return f'<p class="note">AP on {escape(scores)}. {sizes}; {drift}.</p>'
 
 
 # --- pictures ---
@@ -217,16 +215,16 @@ def _detected(model: Model, found: Found, picture: Picture, place: int) -> str:
 
 def _list(entries: Sequence[Cell], label: str) -> str:
     """Numbers as they stand at the boxes, names, scores."""
-    told = "".join(
+    lines = "".join(
         f'<li class="{"wrong" if each.kind not in ("", RIGHT) else RIGHT}">{escape(each.text)}'
         f"{f' <b>{escape(each.below)}</b>' if each.below else ''}{f' <i>{each.kind}</i>' if each.kind not in ('', RIGHT) else ''}</li>"
         for each in entries[:LISTED]
     )
     more = f"<p>and {len(entries) - LISTED} more</p>" if len(entries) > LISTED else ""
-    return f'<ol class="found" aria-label="{escape(label)}">{told}</ol>{more}' if told else "<p>nothing</p>"
+    return f'<ol class="found" aria-label="{escape(label)}">{lines}</ol>{more}' if lines else "<p>nothing</p>"
 
 
-def _box(box: BoxPixels, kind: str, label: str, wide: int, told: str, picture: Picture) -> str:
+def _box(box: BoxPixels, kind: str, label: str, wide: int, says: str, picture: Picture) -> str:
     """A box with its number on a plate; `wide`: how many digits all plates of a picture have room for."""
     left, top, right, bottom = box
     text = ""
@@ -240,7 +238,7 @@ def _box(box: BoxPixels, kind: str, label: str, wide: int, told: str, picture: P
             f' text-anchor="middle">{label}</text>'
         )
     shape = f'x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0):.1f}" height="{max(bottom - top, 0):.1f}"'
-    return f'<g><title>{escape(told)}</title><rect class="{kind}" {shape}/>{text}</g>'
+    return f'<g><title>{escape(says)}</title><rect class="{kind}" {shape}/>{text}</g>'
 
 
 def overlay(picture: Picture, drawn: Sequence[str], address: str, label: str, *, first: bool = False, kind: str = "") -> str:

@@ -61,8 +61,8 @@ summary { cursor: pointer; color: var(--accent); padding: 4px 0; width: fit-cont
 
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 22px 26px; margin: 16px 0;
   align-items: start }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 158px), 1fr)); gap: 16px 12px; align-items: start }
-@media (min-width: 700px) { .pictures { grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)) } }
+.pictures { display: grid; gap: 16px 12px; align-items: start; grid-template-columns:
+  repeat(auto-fill, minmax(max(145px, min(250px, (100% - (var(--n) - 1) * 12px) / var(--n))), 1fr)) }
 .pictures p { font-size: 12.5px; color: var(--muted); margin: 4px 0; line-height: 1.35 }
 figure { margin: 0; min-width: 0 }
 figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px; line-height: 1.35 }

@@ -21,7 +21,7 @@ def trained_run(folder: Path, shares: Sequence[float] = (0.5, 0.5)) -> Path:
     prepared.save(folder / "prepared.pt")
     settings = QatSettings(
         steps=4, batch=2, texts=20, pictures=16, size=SIZE, teacher="pico-v2", observer="minmax", calibration=2, reestimate=1, log_every=1,
-        watch_every=2, shares=tuple(shares),
+        watch_every=2, ap_pictures=1, shares=tuple(shares),
     )  # fmt: skip
     train_file(folder / "prepared.pt", settings, folder / "run")
     return folder / "run"

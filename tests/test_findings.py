@@ -24,6 +24,7 @@ from crqat_fx.findings import (
     Study,
     closing_table,
     load_study,
+    turned_table,
 )
 from crqat_fx.graph_picture import Face
 
@@ -52,6 +53,15 @@ def test_the_closing_table_has_a_column_for_what_any_model_has_and_a_gap_where_o
     head, rows = closing_table(STUDY)
     assert head == ["model", "AP all", "AP novel", "MiB", "GBOPs", "times as fast", "region-text", "region-region"]
     assert rows == [["FP32", 80.0, None, 4.0, 200.0, 1.0, None, None], ["PTQ", None, None, None, None, None, 0.1, 0.1]]
+
+
+def test_the_turned_table_has_a_row_a_figure_with_its_digits() -> None:
+    head, rows = turned_table(STUDY)
+    assert head == ["", "FP32", "PTQ"]
+    assert rows == [
+        ["AP all", "80.0", "-"], ["AP novel", "-", "-"], ["MiB", "4.00", "-"], ["GBOPs", "200", "-"], ["times as fast", "1.00", "-"],
+        ["region-text", "-", "0.1000"], ["region-region", "-", "0.1000"],
+    ]  # fmt: skip
 
 
 def test_a_study_without_models_is_none() -> None:

@@ -73,6 +73,7 @@ def test_a_run_is_measured_as_what_taught_it_what_it_began_with_and_what_it_came
     assert (began.training, trained.weights) == (None, "average")
     assert trained.training.log["loss"].steps == (1, 2, 3, 4)
     assert trained.training.log["trkd"].steps == (3, 4)
+    assert (trained.training.log["ap_opening"].steps, trained.training.log["ap"].steps) == ((1, 3), (2, 4))
     assert set(trained.training.watched) == {"clipped weights", "clipped activations", "flipped weights"}
     assert [(phase.first, phase.last) for phase in trained.training.phases] == [(0, 2), (2, 4)]
     assert began.drift != trained.drift
@@ -177,7 +178,13 @@ def test_the_page_is_whole_and_has_every_section_with_what_it_is_there_for(made,
         "results": ("AP novel", "÷", "AP by group of names", "AP against size", "AP against speed", "in onnxruntime"),
         "pictures": ("data:image/jpeg;base64,", "annotated", "FP32", "CR-QAT 4-8-8-int", "right,"),
         "drift": ("Pearson", "moved by", "region-text, confidence", 'class="cell"', "FP32: the others are compared with it"),
-        "training": ("cr-qat, taught by pico-v2, 4 steps in 2 phases", "2 neck-head", "relations taught", "flipped weights"),
+        "training": (
+            "cr-qat, taught by pico-v2, 4 steps in 2 phases",
+            "2 neck-head",
+            "relations taught",
+            "flipped weights",
+            "AP, as phases open and end",
+        ),
         "quantizers": ("SQNR", "Clipped share", "Ranges of activations", "every quantizer (", "FP32: it has no quantizers"),
         "stages": ("bottom_up_layers.1", "neck-head", "W4"),
         "integers": ("100.0%", "QLinearConv", "stray Transposes", "Where the time goes"),
@@ -277,12 +284,14 @@ def test_text_and_marks_stand_out_from_the_page(theme):
 # --- what its sentences say ---
 
 
-def test_the_verdict_is_of_the_last_trained_model_against_the_first(study):
+def test_the_verdict_is_of_the_best_trained_model_against_the_first(study):
     told = verdict(study)
     ap = [f"{model.accuracy.ap['all']:.1f}" for model in study.models]
     assert told.startswith(f"CR-QAT 4-8-8-int keeps {ap[2]} of {ap[0]} AP")
     assert f"Not trained, the same bits give {ap[1]}." in told
     assert "7.1 times smaller" in told
+    worse = replace(study.models[-1], label="worse", accuracy=replace(study.models[-1].accuracy, ap={"all": 0.0}))
+    assert verdict(replace(study, models=(*study.models, worse))).startswith("CR-QAT 4-8-8-int keeps")
     untrained = replace(study, models=study.models[:2])
     assert verdict(untrained).startswith(f"PTQ 4-8-8-int keeps {ap[1]}")
     assert "Not trained" not in verdict(untrained)
