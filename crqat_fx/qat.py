@@ -64,6 +64,7 @@ from crqat_fx.progress import Progress
 from crqat_fx.quantize.calibrate import PICTURES, calibrate
 from crqat_fx.quantize.estimate_norms import estimate_norms
 from crqat_fx.quantize.fake_quant import FakeQuantize
+from crqat_fx.quantize.observers import make_observer
 from crqat_fx.quantize.prepare import load_prepared
 from crqat_fx.quantize.prepared import Calibration, Prepared, border
 from crqat_fx.quantize.watch import watching
@@ -83,6 +84,7 @@ from crqat_fx.train import (
 )
 from crqat_fx.vocabulary import Vocabulary
 from passes.fx.fold_batchnorm import FoldBatchNorm
+from passes.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ class QatSettings(LoopSettings, DataSettings):
         for name in ("calibration", "watch_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number above 0")
+        make_observer(self.observer, QuantSpec(8, symmetric=False))  # refuses a name that there is not, before a phase asks for it
         for share in self.shares or ():
             if not isinstance(share, int | float) or isinstance(share, bool):
                 raise UserError(f"shares holds {share!r}", remedy="give numbers that are 1 together")

@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn_sets import write_grounding, write_objects365, write_vocabulary
 from test_train import EMBEDDINGS, NAMES, Rectangles, assert_same, logged, saved, stop_after, tiny_model
 from torch import Tensor, nn
 
-from crqat_fx.checkpoint import load_model, write_checkpoint
+from crqat_fx.checkpoint import load_model
 from crqat_fx.curriculum import Phase
 from crqat_fx.data.batch import Batch, Truth
-from crqat_fx.data.config import read_data, texts_needed
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
 from crqat_fx.errors import UserError
 from crqat_fx.evaluate import evaluate
@@ -43,7 +41,6 @@ BACKBONE, NECK_HEAD = "backbone", "neck-head"
 SETTINGS = QatSettings(
     steps=5, batch=2, rate=1e-3, ema=1.0, observer="minmax", calibration=4, reestimate=1, log_every=1, save_every=2, watch_every=4, size=64
 )
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def lively(model: YoloWorld) -> YoloWorld:
@@ -540,31 +537,6 @@ def test_a_flipped_code_is_one_that_differs_after_the_step(prepared: Prepared) -
 # --- from files ---
 
 
-def miniature(folder: Path, width: int = 16) -> Path:
-    """Objects365 and a grounding set, in the formats of the published training, with one vocabulary."""
-    sets = {"objects365": write_objects365(folder / "o365"), "grounding": write_grounding(folder / "gqa")}
-    train = [{"annotations": str(where), "pictures": str(pictures), "format": form} for form, (where, pictures) in sets.items()]
-    (folder / "data.yaml").write_text(json.dumps({"train": train, "vocabularies": "v.npz"}))
-    write_vocabulary(folder / "v.npz", texts_needed(read_data(folder / "data.yaml")), width)
-    return folder / "data.yaml"
-
-
-def test_the_published_configuration_runs_from_end_to_end_on_sets_of_its_formats(tmp_path: Path, file: Path) -> None:
-    for name in ("o365", "gqa"):
-        (tmp_path / name).mkdir()
-    data = miniature(tmp_path)
-    write_checkpoint(tmp_path / "teacher.pt", teacher().state_dict(), teacher().config)
-    config = CONFIGS / "o365_gqa_448.yaml"
-    published = resolve(QatSettings, {}, config).values
-    assert (published.batch, published.kd_weight, published.quantizer_rate, published.calibration) == (48, 6.0, 0.1, 256)
-    assert (published.method, published.schedule, published.shares) == ("cr-qat", "constant", (1 / 3, 2 / 3))
-    small = {"data": str(data), "teacher": str(tmp_path / "teacher.pt"), "size": 64, "batch": 2, "steps": 3, "texts": 6, "workers": 0}
-    settings = replace(resolve(QatSettings, small, config).values, calibration=4, reestimate=1, accumulate=1)
-    result = train_file(file, settings, tmp_path / "run")
-    assert result.steps == 3
-    assert result_of(tmp_path / "run")["average"] is not None
-
-
 def test_an_uncalibrated_model_is_calibrated_first(tmp_path: Path) -> None:
     bare = prepare(tiny_model().eval(), None, "4-4-8", "conv-inputs", size=64)
     train_prepared(bare, Rectangles(), replace(SETTINGS, steps=2, method="qat"), tmp_path)
@@ -648,14 +620,6 @@ def test_an_ap_of_nothing_is_refused_at_the_start(prepared: Prepared, tmp_path: 
     narrow = Vocabulary(NAMES, EMBEDDINGS[:, :8].numpy())
     refused("8", prepared, tmp_path, scoring, scored=(Drawn(4), narrow))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_texts_of_another_width_are_refused(tmp_path: Path, file: Path) -> None:
-    for name in ("o365", "gqa"):
-        (tmp_path / name).mkdir()
-    data = miniature(tmp_path, width=8)
-    with pytest.raises(UserError, match="its texts are 8 wide, the model's 16"):
-        train_file(file, replace(SETTINGS, data=str(data), method="qat", texts=4), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from weights_from_names import reference_inputs, weights_from_names
 from crqat_fx.models import yolo_world
 from crqat_fx.models.yolo_world import (
     SIZES,
+    ContrastiveHead,
     YoloWorld,
     YoloWorldConfig,
     anchor_points,
@@ -238,3 +239,15 @@ def test_the_head_starts_at_five_objects_a_picture():
     initialise_head(model, texts=40, size=160)
     biases = [contrast.bias.item() for contrast in model.bbox_head.head_module.cls_contrasts]
     assert biases == pytest.approx([np.log(5 / 40 / (160 / stride) ** 2) for stride in (8, 16, 32)])
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_region_that_is_all_zero_has_finite_logits_in_half_precision(half: torch.dtype) -> None:
+    head = ContrastiveHead(YoloWorldConfig(version=1, deepen=0.33, widen=0.125, text_width=16))
+    embedding, text = torch.zeros(1, 16, 2, 2, dtype=half), torch.rand(1, 3, 16)
+    embedding[..., 0] = 1
+    with torch.autocast("cpu", half):
+        logits, _ = head(embedding, text)
+    assert torch.isfinite(logits).all()
+    assert not logits[..., 1].any()
+    assert logits[..., 0].all()

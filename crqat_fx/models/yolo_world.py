@@ -24,6 +24,7 @@ from torch import Tensor, nn
 STRIDES = (8, 16, 32)
 BINS = 16  # of each side's distance distribution
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
+SMALLEST_HALF = 2.0**-24  # of 16-bit numbers: a region that is all zero is divided by it, and not by an eps that they round to zero
 HEAD_DIM = 32  # of the max-sigmoid attention, for all published sizes; others have wider heads where 32 does not divide
 TEXTS_AT_ONCE = 32  # of `max_similarity`: a block of scores that stays in the cache
 
@@ -394,7 +395,7 @@ class ContrastiveHead(nn.Module):
     def forward(self, embedding: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and the regions: what the product reads, up to a positive scale."""
         regions = embedding if self.norm is None else self.norm(embedding)
-        matched = F.normalize(embedding, dim=1) if self.norm is None else regions
+        matched = F.normalize(embedding, dim=1, eps=SMALLEST_HALF) if self.norm is None else regions
         text = F.normalize(text, dim=2) * self.logit_scale.exp()
         logits = self.match(text, matched.flatten(2), self.bias)
         return logits.unflatten(2, regions.shape[2:]), regions
