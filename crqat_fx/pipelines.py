@@ -29,6 +29,7 @@ from passes.fx.split_silu import SplitSilu
 from passes.fx.to_integer_codes import ToIntegerCodes
 from passes.onnx.channels_last_attention import ChannelsLastAttention
 from passes.onnx.channels_last_match import ChannelsLastMatch
+from passes.onnx.channels_last_patches import ChannelsLastPatches
 from passes.onnx.derive_bias_scales import DeriveBiasScales
 from passes.onnx.drop_unused import DropUnused
 from passes.onnx.float_softmax import FloatSoftmax
@@ -109,6 +110,7 @@ def onnx_passes(*, weights: str = "int8", target: str | None = None) -> Pipeline
     ours: list[Pass[ir.Model]] = [
         ChannelsLastAttention(),  # before products of heads are split: it has forms of its own for them
         ChannelsLastMatch(),
+        ChannelsLastPatches(),
         LinearAsConvolution(),  # after both: a guide that is constant has no linear layer
         FoldFactor(),  # after attention, which folds its own
         FloatSoftmax(),
