@@ -41,12 +41,14 @@ def section(part: Part, study: Study) -> str:
     )
 
 
-def _missing(needs: Iterable[Section], models: Sequence[Model]) -> str:
+def _missing(needs: Sequence[Section], models: Sequence[Model]) -> str:
     """Why a section has nothing of some models; those with one reason are told together."""
     reasons: dict[str, list[str]] = {}
     for model in models:
-        for reason in dict.fromkeys(model.missing[each] for each in needs if each in model.missing):
-            reasons.setdefault(reason, []).append(model.label)
+        for each in needs:
+            if each in model.missing:
+                reason = f"{each}: {model.missing[each]}" if len(needs) > 1 else model.missing[each]
+                reasons.setdefault(reason, []).append(model.label)
     told = "".join(f"<li>{escape(', '.join(labels))}: {escape(reason)}</li>" for reason, labels in reasons.items())
     return f'<ul class="missing" aria-label="what is not shown">{told}</ul>' if told else ""
 

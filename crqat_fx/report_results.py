@@ -9,7 +9,7 @@ from crqat_fx.findings import GROUPS, BoxPixels, Found, Model, Picture, Study, c
 from crqat_fx.report_parts import Cell, Part, figure, grid, named, table
 
 MATCHED = 0.5  # overlap from which a box is said to be on its object
-LISTED = 12  # boxes a picture that are told by name
+LISTED, DRAWN = 12, 40  # boxes a picture that are told by name, and that are drawn: the best
 
 
 # --- the table ---
@@ -207,7 +207,7 @@ def _detected(model: Model, found: Found, picture: Picture, place: int) -> str:
         kind = "box-right" if what == RIGHT else "box-wrong"
         boxes.append((what == RIGHT, -number, _box(box, kind, str(number), wide, f"{name} {score:.2f}, {what}", picture)))
         entries.append(Cell(name, f"{score:.2f}", what))
-    on_top = [drawn for _, _, drawn in sorted(boxes)]  # right ones above wrong ones, the best last
+    on_top = [drawn for _, _, drawn in sorted(boxes[:DRAWN])]  # right ones above wrong ones, the best last
     missed = [_box(picture.boxes[each], "box-missed", "", 0, f"missed: {picture.names[each]}", picture) for each in seen.missed]
     drawn = overlay(picture, [*missed, *on_top], f"picture-{place}", f"{picture.name}: what {model.label} finds: {seen.told()}")
     return figure(model.label, f"{drawn}<p>{seen.told()}</p>" + _list(entries, f"what {model.label} finds"))

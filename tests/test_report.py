@@ -249,9 +249,19 @@ def test_what_was_not_measured_is_told_with_its_reason(study):
     )  # fmt: skip
     text = page(replace(study, models=bare, shown=(), heat=(), graph=None))
     Outline(text)
-    assert text.count("FP32, PTQ 4-8-8-int, CR-QAT 4-8-8-int: nobody asked") == 6
+    assert text.count("FP32, PTQ 4-8-8-int, CR-QAT 4-8-8-int: nobody asked") == 5
+    assert "FP32, PTQ 4-8-8-int, CR-QAT 4-8-8-int: accuracy: nobody asked" in text
     assert "Neither accuracy nor cost was measured" in text
     assert "Nothing was measured." in text
+
+
+def test_of_very_many_boxes_the_best_are_drawn_and_all_are_counted(study):
+    box, picture = study.shown[0].boxes[0], study.shown[0]
+    many = Found((box,) * 300, (0.5,) * 300, (picture.names[0],) * 300)
+    text = page(replace(study, models=(replace(study.models[0], found=(many,)),), shown=(picture,), heat=(), graph=None))
+    assert f"1 right, 299 wrong, {len(picture.boxes) - 1} missed" in text
+    assert text.count(", twice</title>") == 39
+    assert "and 288 more" in text
 
 
 def test_a_study_of_one_model_has_a_page(study):
