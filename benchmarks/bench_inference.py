@@ -1,175 +1,130 @@
 """How fast are the exported integers? Every form against full precision, in onnxruntime: one process a model, in turns, one thread.
 
-python benchmarks/bench_inference.py [--quick] [--sizes s m] [--threads 1] [--rounds 15] [--folder files/] [--json results.json]
+python benchmarks/bench_inference.py [--quick] [--models s,m] [--only float,storage] [--rounds 15] [--folder files/] [--json results.json]
 
-Full precision comes as (a) this project's model as it is written and (b) the form that public exporters write (workloads.py): two
-baselines, named beside every ratio. `tuned` is (a) with what a constant text allows, as `export` writes a checkpoint. All return raw
-outputs for 80 texts at 640 px. Below the first table of a size: where the time goes, and what is missing to a quarter of full precision's,
-the most that 8-bit kernels reach on processors that multiply four bytes in the time of one float.
+    float      8-8-8-int over full precision, as (a) this project's model as it is written and (b) the form that public exporters write
+               (workloads.py): two baselines, named beside every ratio. `tuned` is (a) with what a constant text allows
+    storage    what packing two 4-bit codes to a byte changes: the size alone; 4-bit activations, and float edges, beside
+    forms      bytes as input, text as an input, open sizes and batches, and full precision in the same forms
+    v1         the same of v1, whose text is refreshed from the picture
+    operators  where the time goes, and what is missing to a quarter of full precision's
+
+All return raw outputs for 80 texts at 640 px.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-import argparse
-import json
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from workloads import Workload
+from inference import Answer, Entry, Round, against, ask, table, times
 
-from crqat_fx.bench import BenchReport, BenchSettings, Contender, Operators, bench, format_machine, operators_of
-from crqat_fx.onnx_profile import OperatorTime
+from crqat_fx.bench import operators_of
 from crqat_fx.onnx_run import Extent, made_up_inputs, run
 from crqat_fx.onnx_session import open_session
+from crqat_fx.work import by_work
 
-STRAIGHT, TUNED, PUBLIC = "FP32 (a) straight", "FP32 tuned", "FP32 (b) public form"
-INTEGERS = "8-8-8-int"
-GROUPS = {
-    "SiLU": {"QuickGelu", "Sigmoid", "Mul", "QLinearSigmoid", "QLinearMul"},
-    "joins": {"Concat", "QLinearConcat", "Split", "Add", "QLinearAdd"},
-    "layout": {"Transpose", "Reshape", "ReorderInput", "ReorderOutput", "Pad", "Unsqueeze", "Squeeze"},
-    "upsampling": {"Upsample", "Resize", "Tile"},
-    "codes": {"QuantizeLinear", "DequantizeLinear", "Clip"},
-    "pools": {"MaxPool", "NhwcMaxPool", "ReduceMax"},
-}  # of what is no product
-CEILING = 4.0  # times full precision: what one kernel can reach
+if TYPE_CHECKING:
+    from workloads import Workload
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of a table: what it is called, and how its file is written."""
-
-    name: str
-    write: Callable[[Workload, Path], Path]
-
-
-def floats(form: str, **settings: Any) -> Callable[[Workload, Path], Path]:
+def floats(form: str, **settings: Any) -> Callable[["Workload", Path], Path]:
     return lambda workload, path: workload.write_float(path, form, **settings)
 
 
-def integers(recipe: str, **settings: Any) -> Callable[[Workload, Path], Path]:
+def integers(recipe: str, **settings: Any) -> Callable[["Workload", Path], Path]:
     return lambda workload, path: workload.write_integers(path, recipe, **settings)
 
 
-FP32 = (Entry(STRAIGHT, floats("straight")), Entry(TUNED, floats("tuned")), Entry(PUBLIC, Workload.write_public_form))
-RECIPES = (
-    Entry(INTEGERS, integers(INTEGERS)),
-    Entry("4-8-8-int, int4 file", integers("4-8-8-int")),
-    Entry("4-8-8-int, int8 file", integers("4-8-8-int", weights="int8")),
-    Entry("4-4-8-int, int4 file", integers("4-4-8-int")),
-    Entry("4-4-8-int, int8 file", integers("4-4-8-int", weights="int8")),
-    Entry("4-4-8, float edges", integers("4-4-8")),
-)
 OPEN = ("batch", "size")
-FORMS = (
-    Entry(INTEGERS, integers(INTEGERS)),
-    Entry("uint8 input", integers(INTEGERS, input="uint8")),
-    Entry("runtime text", integers(INTEGERS, runtime_text=True)),
-    Entry("FP32 runtime text", floats("tuned", runtime_text=True)),
-    Entry("dynamic batch and size", integers(INTEGERS, dynamic=OPEN)),
-    Entry("FP32 dynamic", floats("tuned", dynamic=OPEN)),
-    Entry("runtime text, dynamic", integers(INTEGERS, runtime_text=True, dynamic=OPEN)),
+STRAIGHT, TUNED = Entry("FP32 (a) straight", floats("straight")), Entry("FP32 tuned", floats("tuned"))
+PUBLIC = Entry("FP32 (b) public form", lambda workload, path: workload.write_public_form(path))
+OURS = Entry("8-8-8-int", integers("8-8-8-int"))
+# of each recipe the file with two codes a byte, and the one with a code a byte
+STORED = tuple(
+    (Entry(f"{recipe}, int4 file", integers(recipe)), Entry(f"{recipe}, int8 file", integers(recipe, weights="int8")))
+    for recipe in ("4-8-8-int", "4-4-8-int")
 )
-QUICK = (*FP32, *RECIPES[:3]), (FP32[0], FORMS[0], FORMS[-1])
-SAME_CODES = (("4-8-8-int, int4 file", "4-8-8-int, int8 file"), ("4-4-8-int, int4 file", "4-4-8-int, int8 file"))
+FLOAT_EDGES = Entry("4-4-8, float edges", integers("4-4-8"))
+FORMS = (
+    Entry("uint8 input", integers("8-8-8-int", input="uint8")),
+    Entry("runtime text", integers("8-8-8-int", runtime_text=True)),
+    Entry("dynamic batch and size", integers("8-8-8-int", dynamic=OPEN)),
+    Entry("runtime text, dynamic", integers("8-8-8-int", runtime_text=True, dynamic=OPEN)),
+    Entry("FP32 runtime text", floats("tuned", runtime_text=True)),
+    Entry("FP32 dynamic", floats("tuned", dynamic=OPEN)),
+)
+OVER = {"s": {STRAIGHT: 3.2, PUBLIC: 3.4}, "m": {STRAIGHT: 3.3, PUBLIC: 3.5}}  # times as fast as these, to be reached
+SMALLER, SLOWER = 0.52, 1.02  # an int4 file over the int8 one: its size and its time, at most
 
 
-def measure(workload: Workload, entries: Sequence[Entry], folder: Path, settings: BenchSettings) -> tuple[BenchReport, dict[str, Path]]:
-    files = {}
-    for entry in entries:
-        name = "".join(letter if letter.isalnum() else "-" for letter in f"{workload.name}-{entry.name}")
-        files[entry.name] = entry.write(workload, folder / f"{name}.onnx")
-    return bench([Contender(name, path) for name, path in files.items()], settings), files
+def ask_float(asked: Round) -> Answer:
+    report = asked.timed((STRAIGHT, TUNED, PUBLIC, OURS))
+    print(times(report, (STRAIGHT.name, PUBLIC.name)))
+    print()
+    for baseline in (STRAIGHT, PUBLIC):
+        ratio = report[OURS.name].times_faster_than(report[baseline.name])
+        print(f"- {against(f'over {baseline.name}', ratio, OVER.get(asked.workload.size, {}).get(baseline))}")
+    return report.as_json()
 
 
-def show(title: str, report: BenchReport, baselines: Sequence[str]) -> None:
-    print(f"\n{title}")
-    print(f"{'':<24}{'MiB':>8}{'ms':>26}" + "".join(f"{'over ' + name:>28}" for name in baselines))
-    for one in report.timings:
-        ratios = "".join(f"{f'{one.times_faster_than(report[name]):.2f}':>28}" for name in baselines)
-        print(f"{one.name:<24}{one.bytes / 2**20:>8.2f}{f'{one.milliseconds:.1f}':>26}{ratios}")
-
-
-def compare_storage(files: dict[str, Path], report: BenchReport, extent: Extent) -> list[dict[str, Any]]:
-    """What packing two codes to a byte changes: the size alone."""
-    rows = []
-    for packed, plain in SAME_CODES:
-        if packed not in files:
-            continue
+def ask_storage(asked: Round) -> Answer:
+    report = asked.timed((OURS, *(entry for pair in STORED for entry in pair), FLOAT_EDGES))
+    print(times(report, (OURS.name,)))
+    print()
+    found = []
+    extent = Extent(asked.settings.size, 1, asked.settings.texts)
+    for packed, plain in STORED:
         outputs = []
-        for name in (packed, plain):
-            session = open_session(files[name], 1)
-            outputs.append(run(session, made_up_inputs(session, extent, files[name]), files[name]))
+        for path in (asked.file(packed), asked.file(plain)):
+            session = open_session(path, 1)
+            outputs.append(run(session, made_up_inputs(session, extent, path), path))
         same = all(np.array_equal(one, other) for one, other in zip(*outputs, strict=True))
-        size = report[packed].bytes / report[plain].bytes
-        speed = report[packed].times_faster_than(report[plain])
-        print(f"{packed}: outputs {'equal' if same else 'DIFFER FROM'} the int8 file's bit for bit, {size:.3f} of its size, {speed:.3f} x")
-        rows.append({"file": packed, "equal": same, "size": size, "times_faster": asdict(speed)})
-    return rows
+        size = report[packed.name].bytes / report[plain.name].bytes
+        slower = report[plain.name].times_faster_than(report[packed.name])
+        judged = asked.workload.size in OVER  # in a small model scales and names weigh more
+        print(f"- {packed.name}: outputs {'equal' if same else 'DIFFER FROM'} the int8 file's bit for bit")
+        print(f"- {against(f'{packed.name}, size over the int8 file', size, SMALLER if judged else None, most=True)}")
+        print(f"- {against(f'{packed.name}, time over the int8 file', slower, SLOWER if judged else None, most=True)}")
+        found.append({"file": packed.name, "equal": same, "size": size, "time": dataclasses.asdict(slower)})
+    return {**report.as_json(), "storage": found}
 
 
-def group_of(one: OperatorTime) -> str:
-    return "products" if one.macs else next((name for name, kinds in GROUPS.items() if one.kind in kinds), "other")
+def ask_forms(asked: Round) -> Answer:
+    report = asked.timed((STRAIGHT, OURS, *FORMS))
+    print(times(report, (STRAIGHT.name, OURS.name)))
+    return report.as_json()
 
 
-def show_distance(whole: Operators, codes: Operators) -> dict[str, tuple[float, float]]:
-    """What full precision takes, what the integers take, and how much of that is above a quarter of full precision: by kind of work."""
-    groups: dict[str, tuple[float, float]] = {}
-    for one, place in ((one, place) for place, each in enumerate((whole, codes)) for one in each.times):
-        before = groups.get(group_of(one), (0.0, 0.0))
-        groups[group_of(one)] = (before[0] + one.milliseconds * (place == 0), before[1] + one.milliseconds * (place == 1))
-    total = (sum(each[0] for each in groups.values()), sum(each[1] for each in groups.values()))
-    print(f"\nwhere the time goes (the profiler's): {whole.path.stem}, {codes.path.stem}")
-    print(f"{'':<12}{'FP32 ms':>10}{'integers':>10}{'above a quarter':>17}  operators of the integers")
-    for name, (before, after) in sorted((*groups.items(), ("all", total)), key=lambda row: row[0] == "all"):
-        kinds = [f"{one.kind} {one.milliseconds:.1f}" for one in codes.times if one.milliseconds > 0.1 and name == group_of(one)]
-        print(f"{name:<12}{before:>10.2f}{after:>10.2f}{after - before / CEILING:>17.2f}  {', '.join(kinds)}")
-    rates = [2 * one.macs / one.milliseconds / 1e6 for each in (whole, codes) for one in each.times if one.kind in ("Conv", "QLinearConv")]
-    if len(rates) == 2:
-        print(f"convolutions: {rates[0]:.0f} GOP/s in floats, {rates[1]:.0f} in integers, {rates[1] / rates[0]:.2f} times as many")
-    return groups
+def ask_v1(asked: Round) -> Answer:
+    workload = dataclasses.replace(asked.workload, version=1)
+    report = asked.timed((STRAIGHT, TUNED, OURS, STORED[0][0], *FORMS), workload)
+    print(times(report, (STRAIGHT.name, OURS.name)))
+    return report.as_json()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
-    parser.add_argument("--sizes", nargs="+", default=["s", "m"], help="sizes of the model (default: s m)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON, too")
-    options = parser.parse_args()
-    sizes, pixels, texts = (["pico"], 64, 5) if options.quick else (options.sizes, 640, 80)
-    settings = BenchSettings(options.threads, *((1, 1) if options.quick else (options.rounds, 3)), pixels, 1, texts)
-    recipes, forms = QUICK if options.quick else ((*FP32, *RECIPES), (FP32[0], *FORMS))
-    results = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for size in sizes:
-            workload = Workload(size, 2, pixels, texts)
-            report, files = measure(workload, recipes, folder, settings)
-            show(f"v2 {size}, {pixels} px, {texts} texts", report, (STRAIGHT, PUBLIC))
-            storage = compare_storage(files, report, Extent(pixels, 1, texts))
-            operators = {name: operators_of(files[name], settings) for name in (STRAIGHT, INTEGERS)}
-            groups = show_distance(operators[STRAIGHT], operators[INTEGERS])
-            details = {"storage": storage, "groups_ms": groups, "operators": {name: each.as_json() for name, each in operators.items()}}
-            results.append({"model": workload.name, **report.as_json(), **details})
-            for version in (2,) if options.quick else (1, 2):
-                workload = Workload(size, version, pixels, texts)
-                report, _ = measure(workload, forms, folder, settings)
-                show(f"v{version} {size}, other forms", report, (STRAIGHT, INTEGERS))
-                results.append({"model": workload.name, "forms": True, **report.as_json()})
-    print(f"\nmedians, in brackets the quartiles, of {settings.rounds} rounds; {settings.threads} thread; {format_machine(report.machine)}")
-    if options.json:
-        options.json.write_text(json.dumps({"benchmark": "inference", "results": results}, indent=2) + "\n", encoding="utf-8")
+def ask_operators(asked: Round) -> Answer:
+    whole, codes = (operators_of(asked.file(entry), asked.settings) for entry in (STRAIGHT, OURS))
+    work = by_work([whole.times, codes.times])
+    rows = []
+    for one in work:
+        ratio = one.times_faster(1)
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        rows.append(
+            (one.name, *(f"{each:.2f}" for each in one.milliseconds), shown, f"{one.above_ceiling(1):.2f}", "".join(one.operators[1:]))
+        )
+    print(table(("work", "FP32 (a) ms", "integers ms", "times as fast", "ms above a quarter", "operators of the integers"), rows))
+    return {"work": [one.as_json() for one in work], "operators": [whole.as_json(), codes.as_json()]}
 
 
 if __name__ == "__main__":
-    main()
+    ask(
+        "inference",
+        __doc__,
+        {"float": ask_float, "storage": ask_storage, "forms": ask_forms, "v1": ask_v1, "operators": ask_operators},
+    )

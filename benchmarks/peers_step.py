@@ -10,13 +10,10 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the processes that are started
 
-import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from brevitas.core.bit_width import BitWidthConst
@@ -26,7 +23,7 @@ from brevitas.core.quant.int_base import IntQuant
 from brevitas.core.scaling import ConstScaling, IntScaling, ParameterScaling
 from brevitas.core.zero_point import ParameterZeroPoint, ZeroZeroPoint
 from torch import Tensor, nn
-from training_step import FLOAT, Form, Workload, measure, ratio
+from training_step import FLOAT, Form, Options, Workload, measure, ratio
 
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import FakeQuantize
@@ -123,19 +120,12 @@ def forms(target: str, recipe: str) -> list[Form]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest model, two rounds: only to see that it runs")
-    parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="of YOLO-World (default: 1)")
-    parser.add_argument("--rounds", type=int, default=12, help="how often each form runs (default: 12)")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON, too")
-    options = parser.parse_args()
-    workload = Workload("pico", options.version, 64, 2, 5) if options.quick else Workload(version=options.version)
-    rounds = 2 if options.quick else options.rounds
-    print(f"{workload}: forward and backward, one thread; Brevitas {version('brevitas')}")
+    options = Options.read(__doc__, rounds=12)
+    print(f"{options.workload}: forward and backward, one thread; Brevitas {version('brevitas')}")
     results = []
     for target, recipe in (("conv-inputs", "4-4-8"), ("ort", "4-8-8-int")):
         found = forms(target, recipe)
-        seconds, losses = measure(found, workload, rounds)
+        seconds, losses = measure(found, options.workload, options.rounds)
         print(f"{target}, {recipe}")
         for form in found:
             own = seconds[form.name]
@@ -143,9 +133,7 @@ def main() -> None:
             print(f"  {form.name:<27}{milliseconds:>9.1f} ms   {over} x float   {times} x ours   loss {losses[form.name]:.4f}")
             ratios = {"over_float": dataclasses.asdict(over), "over_ours": dataclasses.asdict(times)}
             results.append({"target": target, "form": form.name, "milliseconds": milliseconds, **ratios, "loss": losses[form.name]})
-    if options.json:
-        written = {"benchmark": "peers_step", "workload": dataclasses.asdict(workload), "rounds": rounds, "torch": torch.__version__}
-        options.json.write_text(json.dumps({**written, "results": results}, indent=2) + "\n", encoding="utf-8")
+    options.write("peers_step", results)
 
 
 if __name__ == "__main__":

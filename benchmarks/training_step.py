@@ -5,12 +5,15 @@ same, and would only bring the ratios nearer to 1. Every form has a process to i
 or in a cache is no other's burden.
 """
 
+import argparse
+import json
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -126,3 +129,29 @@ def ratio(seconds: Sequence[float], others: Sequence[float]) -> Ratio:
     found = sorted(own / other for own, other in zip(seconds, others, strict=True))
     low, _, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else [found[0]] * 3
     return Ratio(statistics.median(found), (low, high), (found[0], found[-1]))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a benchmark of the step is asked for."""
+
+    workload: Workload
+    rounds: int
+    json: Path | None
+
+    @classmethod
+    def read(cls, doc: str, rounds: int) -> "Options":
+        """From the command line; `rounds` is the default."""
+        parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+        parser.add_argument("--quick", action="store_true", help="the smallest model, two rounds: only to see that it runs")
+        parser.add_argument("--version", type=int, choices=(1, 2), default=1, help="of YOLO-World (default: 1)")
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"how often each form runs (default: {rounds})")
+        parser.add_argument("--json", type=Path, help="write the figures as JSON, too")
+        given = parser.parse_args()
+        workload = Workload("pico", given.version, 64, 2, 5) if given.quick else Workload(version=given.version)
+        return cls(workload, 2 if given.quick else given.rounds, given.json)
+
+    def write(self, benchmark: str, results: Sequence[object]) -> None:
+        if self.json is not None:
+            told = {"benchmark": benchmark, "workload": asdict(self.workload), "rounds": self.rounds, "torch": torch.__version__}
+            self.json.write_text(json.dumps({**told, "results": results}, indent=2) + "\n", encoding="utf-8")
