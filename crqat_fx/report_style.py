@@ -125,7 +125,11 @@ figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px; line-height:
   body { display: block; max-width: none; font-size: 11pt }
   .scroll, .tall, .graph { max-height: none; overflow: visible; border: 0 }
   .graph svg { max-width: 100%; height: auto }
-  th, td { white-space: normal; padding: 3px 5px }
+  table { font-size: 8.5pt }
+  small { font-size: 7.5pt }
+  th, td { padding: 3px 4px }
+  th, td:not(.number) { white-space: normal }
+  tr > :first-child, thead th { position: static }
   figure, tr { break-inside: avoid }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
 }

@@ -369,6 +369,15 @@ def test_it_shows_every_section_without_a_complaint_and_without_scrolling_sidewa
 
 
 @needs_chromium
+def test_it_prints_whole_and_without_what_only_a_screen_needs(made, shown):
+    shown.open(made[0] / "report.html", 794, media="print")
+    assert shown.run("document.documentElement.scrollWidth") == 794
+    assert not shown.run("document.querySelector('nav').checkVisibility()")
+    kept = shown.run("[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > 796).map(each => each.ariaLabel)")
+    assert kept == []
+
+
+@needs_chromium
 def test_words_in_charts_stay_in_their_charts(made, shown):
     shown.open(made[0] / "report.html", 390)
     outside = shown.run(
