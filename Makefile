@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := $(VENV)/installed-peers
 
-.PHONY: demo test lint bench bench-peers wheel readme clean
+.PHONY: demo test test-peers lint bench bench-peers wheel readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/crqat-fx demo --out demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=10
+
+# what is tested in another tool, which `make test` does not install
+test-peers: $(PEERS)
+	$(BIN)/python -m pytest tests/test_openvino.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
