@@ -1,6 +1,5 @@
-"""Two processes against one with the whole batch: sums, norms, losses, gradients, and a run over a phase's border."""
+"""Two processes against one with the whole batch: sums, norms, losses, gradients. `test_train_command.py` has a whole run of two."""
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -13,18 +12,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_qat import SETTINGS, fresh, prepared_file, teacher
-from test_train import Rectangles, logged
+from test_train import Rectangles
 from torch import Tensor, nn
 
 from crqat_fx.data.batch import Batch, Truth, slots_of
 from crqat_fx.distributed import ALONE, Processes, joined, own_device, synchronise_norms
 from crqat_fx.errors import UserError
-from crqat_fx.qat import QatCourse, QatSettings, train_prepared
+from crqat_fx.qat import QatCourse, QatSettings
 from crqat_fx.train import TrainingState, accumulate_gradients
 
 CPU = torch.device("cpu")
 KD = replace(SETTINGS, method="kd", batch=4, kd_weight=6.0, trkd_factor=16.0)
-RUN = replace(SETTINGS, steps=4, batch=4, rate=1e-5, norm="frozen", watch_every=2)
 
 
 class Parts(Rectangles):
@@ -88,13 +86,12 @@ def normalised(processes: Processes, momentum: float | None) -> dict[str, Tensor
     return found | {"weight": weight, "mean": norm.running_mean, "variance": norm.running_var, "tracked": norm.num_batches_tracked}
 
 
-def everything(processes: Processes, file: Path, out: Path) -> dict[str, Any]:
+def everything(processes: Processes, file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"totals": totals(processes)}
     for momentum in (0.1, None):
         found[f"norm {momentum}"] = normalised(processes, momentum)
     for norm, accumulate in (("frozen", 1), ("train", 1), ("frozen", 2)):
         found[f"{norm} {accumulate}"] = gradients(file, processes, norm, accumulate)
-    train_prepared(fresh(file), Parts(), RUN, out, teacher=teacher())
     return found
 
 
@@ -103,26 +100,26 @@ def work(rank: int, port: int, file: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined("cpu") as processes:
-        found = everything(processes, file, folder / "run2")
+        found = everything(processes, file)
         torch.save(found, folder / f"found{rank}.pt")
     assert not dist.is_initialized()
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
-    """What one process finds, what each of two finds, and where their runs are."""
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one process finds, and what each of two finds."""
     folder = tmp_path_factory.mktemp("distributed")
     file = prepared_file(folder / "p.pt")
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         port = asked.getsockname()[1]
     mp.spawn(work, (port, file, folder), nprocs=2)
-    alone = everything(ALONE, file, folder / "run1")
-    return alone, [torch.load(folder / f"found{rank}.pt") for rank in range(2)], folder
+    alone = everything(ALONE, file)
+    return alone, [torch.load(folder / f"found{rank}.pt") for rank in range(2)]
 
 
 def test_a_total_is_the_same_everywhere_and_its_gradient_that_of_all_processes(both: Any) -> None:
-    _, found, _ = both
+    _, found = both
     for rank, one in enumerate(found):
         x = torch.tensor([1.0, 2.0]) * (rank + 1)
         total = torch.tensor([1.0, 4.0]) * 5
@@ -132,7 +129,7 @@ def test_a_total_is_the_same_everywhere_and_its_gradient_that_of_all_processes(b
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_norm_sees_the_statistics_of_all_processes(both: Any, momentum: float | None) -> None:
-    alone, found, _ = both
+    alone, found = both
     wanted = alone[f"norm {momentum}"]
     parts = [one[f"norm {momentum}"] for one in found]
     for name in ("y0", "x0", "y1", "x1"):
@@ -147,7 +144,7 @@ def test_a_norm_sees_the_statistics_of_all_processes(both: Any, momentum: float 
 def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch(
     both: Any, norm: str, accumulate: int, tolerance: float
 ) -> None:
-    alone, found, _ = both
+    alone, found = both
     wanted = alone[f"{norm} {accumulate}"]
     assert {"cls", "box", "dfl", "pkd", "trkd"} == wanted["terms"].keys()
     for part in (one[f"{norm} {accumulate}"] for one in found):
@@ -164,22 +161,10 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
 
 def test_accumulated_parts_count_as_the_whole_batches_would(both: Any) -> None:
     """PKD's moments are of one batch, so that only what is a sum over pictures, or groups, is compared."""
-    alone, found, _ = both
+    alone, found = both
     for part in found:
         for name in ("cls", "box", "dfl", "pkd", "trkd"):
             assert part["frozen 2"]["terms"][name].item() == pytest.approx(alone["frozen 2"]["terms"][name].item(), rel=1e-4)
-
-
-def test_a_run_of_two_processes_goes_as_that_of_one(both: Any) -> None:
-    folder = both[2]
-    one, two = (logged(folder / name) for name in ("run1", "run2"))
-    assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 3, 4]
-    for line, other in zip(one, two, strict=True):
-        assert line.keys() == other.keys()
-        for name, value in line.items():
-            assert other[name] == pytest.approx(value, rel=5e-3), name
-    assert sorted(path.name for path in (folder / "run2").iterdir()) == sorted(path.name for path in (folder / "run1").iterdir())
-    assert len(json.loads((folder / "run2" / "quantizers.jsonl").read_text().splitlines()[0])) > 100
 
 
 def test_outside_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         miniature(folder / name)
     miniature(folder / "narrow", width=8)
     (folder / "a-file").write_text("no folder", encoding="utf-8")
-    (folder / "run.yaml").write_text(json.dumps({"steps": 4, "batch": 2, "texts": 6, "calibration": 4, "reestimate": 1, "norm": "frozen"}))
+    (folder / "run.yaml").write_text(
+        json.dumps({"steps": 4, "batch": 2, "texts": 6, "calibration": 4, "reestimate": 1, "norm": "frozen", "watch_every": 2})
+    )
     return folder
 
 
@@ -125,6 +127,10 @@ def test_two_processes_of_torchrun_that_are_killed_and_resumed_train_as_one(file
         assert line.keys() == other.keys()
         for name, value in line.items():
             assert other[name] == pytest.approx(value, rel=5e-3), name
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    watched = [json.loads(line) for line in (two / "quantizers.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in watched] == [2, 4, 6]
+    assert all(len(line) > 100 for line in watched)
     assert load_prepared(two / "prepared.pt").weights == "average"
 
 
