@@ -11,7 +11,7 @@ from html import escape
 
 COLOURS = 8  # of series, in the page's styles; they come again after that
 WIDTH, HEIGHT = 380, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 40  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 8, 40  # around the plot
 CHARACTER = 6.3  # how wide one is at the size of a label
 BOLD = 7.0
 ROW = 19  # height of a row of dots or bars
