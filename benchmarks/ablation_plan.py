@@ -109,13 +109,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Tuning:
-    """One choice: the candidate with the highest mean AP over seeds that nothing else uses. Equal ones: the first."""
+    """One choice: the candidate with the highest mean AP over seeds that nothing else uses. Equal ones: the first. One that is `BEHIND` the
+    best with the first seed is out, and not run with the others."""
 
     method: str
     seeds: tuple[int, ...]
     candidates: tuple[Settings, ...]
 
 
+BEHIND = 10.0  # AP
 TUNING = (
     Tuning("qat", (101, 102), ({"rate": 2e-4}, {"rate": 5e-4}, {"rate": 1e-3}, {"rate": 2e-3})),
     Tuning("qat", (101, 102), ({"ema": 0.1}, {"ema": 0.3})),
@@ -159,7 +161,7 @@ def plan(results: Mapping[str, Result], protocol: Settings = PROTOCOL) -> list[C
     cells = [cell for block in UNTRAINED for cell in _of_block(block, protocol)]
     settings = protocol
     for tuning in TUNING:
-        cells += [tuning_cell(tuning, settings, candidate, seed) for seed in tuning.seeds for candidate in tuning.candidates]
+        cells += tuning_cells(tuning, settings, results)
         chosen = choose(tuning, settings, results)
         if chosen is None:
             break
@@ -169,15 +171,35 @@ def plan(results: Mapping[str, Result], protocol: Settings = PROTOCOL) -> list[C
     return list({cell.name: cell for cell in cells}.values())
 
 
+def tuning_cells(tuning: Tuning, settings: Settings, results: Mapping[str, Result]) -> list[Cell]:
+    """Seed by seed, like everything; of the first seed alone until that is measured."""
+    first, *others = tuning.seeds
+    candidates = _kept(tuning, settings, results)
+    return [tuning_cell(tuning, settings, candidate, first) for candidate in tuning.candidates] + [
+        tuning_cell(tuning, settings, candidate, seed) for seed in others for candidate in candidates
+    ]
+
+
 def choose(tuning: Tuning, settings: Settings, results: Mapping[str, Result]) -> Settings | None:
     """The settings with the best candidate in them; None until all are measured."""
-    means = []
-    for candidate in tuning.candidates:
-        names = [tuning_cell(tuning, settings, candidate, seed).name for seed in tuning.seeds]
-        if any(name not in results for name in names):
-            return None
-        means.append(statistics.fmean(results[name].ap["all"] or 0.0 for name in names))
-    return {**settings, **tuning.candidates[means.index(max(means))]}
+    if any(cell.name not in results for cell in tuning_cells(tuning, settings, results)):
+        return None
+    kept = _kept(tuning, settings, results)
+    means = [statistics.fmean(_tuned(tuning, settings, candidate, seed, results) for seed in tuning.seeds) for candidate in kept]
+    return {**settings, **kept[means.index(max(means))]}
+
+
+def _kept(tuning: Tuning, settings: Settings, results: Mapping[str, Result]) -> list[Settings]:
+    """The candidates that are worth their other seeds: none before all have their first."""
+    first = tuning.seeds[0]
+    if any(tuning_cell(tuning, settings, candidate, first).name not in results for candidate in tuning.candidates):
+        return []
+    values = [_tuned(tuning, settings, candidate, first, results) for candidate in tuning.candidates]
+    return [candidate for candidate, value in zip(tuning.candidates, values, strict=True) if value > max(values) - BEHIND]
+
+
+def _tuned(tuning: Tuning, settings: Settings, candidate: Settings, seed: int, results: Mapping[str, Result]) -> float:
+    return results[tuning_cell(tuning, settings, candidate, seed).name].ap["all"] or 0.0
 
 
 def quick_cells() -> list[Cell]:

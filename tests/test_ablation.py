@@ -80,17 +80,24 @@ def test_methods_of_the_paper_get_the_same_steps_data_and_rate():
 
 def test_tuning_takes_the_best_mean_and_waits_until_all_is_measured():
     (tuning, *_) = TUNING
-    cells = {(cell.settings["rate"], cell.seed): cell for cell in plan({}) if cell.name.startswith("tuning/")}
-    values = {2e-4: (5.0, 6.0), 5e-4: (2.0, 9.5), 1e-3: (5.0, 5.0), 2e-3: (0.0, 0.0)}
-    results = {
-        cells[rate, seed].name: result_of(cells[rate, seed], value)
-        for rate, found in values.items()
-        for seed, value in zip(tuning.seeds, found, strict=True)
-    }
-    assert ablation_plan.choose(tuning, PROTOCOL, results)["rate"] == 5e-4
-    results.pop(cells[2e-4, 102].name)
-    assert ablation_plan.choose(tuning, PROTOCOL, results) is None
-    assert not any(cell.variant in METHODS and cell.seed in SEEDS for cell in plan(results))
+    values = {2e-4: (15.0, 16.0), 5e-4: (12.0, 19.5), 1e-3: (15.0, 15.0), 2e-3: (5.0, 99.0)}  # the last is out after its first seed
+
+    def found(*pairs: tuple[float, int]) -> dict[str, Result]:
+        cells = [ablation_plan.tuning_cell(tuning, PROTOCOL, {"rate": rate}, seed) for rate, seed in pairs]
+        return {cell.name: result_of(cell, values[cell.settings["rate"]][tuning.seeds.index(cell.seed)]) for cell in cells}
+
+    def asked_for(results: dict[str, Result]) -> set[tuple[float, int]]:
+        cells = ablation_plan.tuning_cells(tuning, PROTOCOL, results)
+        return {(cell.settings["rate"], cell.seed) for cell in cells if cell.name not in results}
+
+    firsts = [(rate, 101) for rate in values]
+    seconds = [(rate, 102) for rate in values if rate < 2e-3]
+    assert asked_for({}) == set(firsts)
+    assert asked_for(found(*firsts[:-1])) == {firsts[-1]}
+    assert asked_for(found(*firsts)) == set(seconds)
+    assert ablation_plan.choose(tuning, PROTOCOL, found(*firsts, *seconds[1:])) is None
+    assert not any(cell.variant in METHODS and cell.seed in SEEDS for cell in plan(found(*firsts, *seconds[1:])))
+    assert ablation_plan.choose(tuning, PROTOCOL, found(*firsts, *seconds))["rate"] == 5e-4
 
 
 def test_the_protocol_in_words_is_the_one_that_runs():
