@@ -53,7 +53,9 @@ class Round:
         return self.files[key]
 
     def timed(self, entries: Sequence[Entry], workload: "Workload | None" = None) -> BenchReport:
-        contenders = [Contender(one.name, self.file(one, workload), one.start) for one in entries]
+        files = [self.file(one, workload) for one in entries]
+        weights = [(file.with_suffix(".bin"),) if file.suffix == ".xml" else () for file in files]  # of OpenVINO's own format
+        contenders = [Contender(one.name, file, one.start, beside) for one, file, beside in zip(entries, files, weights, strict=True)]
 
         def progress(done: int, total: int, text: str) -> None:
             if text or done in (total, *range(5, total, 5)):

@@ -63,6 +63,11 @@ class Contender:
     name: str
     path: Path
     start: Start = start_onnxruntime  # by reference: a function at the top of a module
+    beside: tuple[Path, ...] = ()  # other files that belong to the model
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in (self.path, *self.beside))
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def bench(contenders: Sequence[Contender | str | Path], settings: BenchSettings 
                 turns[index].append(runners[index].turn(settings.runs))
             if progress is not None:
                 progress(turn + 1, settings.rounds, "")
-    timings = tuple(Timing(one.name, one.path, one.path.stat().st_size, tuple(each)) for one, each in zip(given, turns, strict=True))
+    timings = tuple(Timing(one.name, one.path, one.bytes, tuple(each)) for one, each in zip(given, turns, strict=True))
     return BenchReport(timings, settings, machine())
 
 

@@ -17,12 +17,13 @@ from crqat_fx import __version__, console
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
 from crqat_fx.recipe import DEFAULT_RECIPE, DEFAULT_TARGET
-from crqat_fx.settings import resolve
+from crqat_fx.settings import Resolved, resolve
 
 if TYPE_CHECKING:
     from crqat_fx.bench import Operators
     from crqat_fx.checkpoint import Checkpoint
     from crqat_fx.data.samples import EvaluationSet
+    from crqat_fx.findings import Study
     from crqat_fx.mixed_recipe import Proposal
     from crqat_fx.models.yolo_world import YoloWorld
     from crqat_fx.noise import Noise
@@ -83,6 +84,25 @@ def _main(
 def _given(**flags: Any) -> dict[str, Any]:
     """The flags that were given; None stands for one that was not."""
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def _tell_study(found: "Study", title: str, out: Path, page: Path, resolved: Resolved[Any], as_json: bool) -> None:
+    """The closing table of a study and what it comes to; exits with 1 where a file departs from its model."""
+    from crqat_fx.findings import closing_table, turned_table
+    from crqat_fx.report_results import verdict
+
+    departed = [model.label for model in found.models if model.ladder is not None and not model.ladder.passed]
+    if as_json:
+        head, rows = closing_table(found)
+        table = [dict(zip(head, row, strict=True)) for row in rows]
+        told = {"verdict": verdict(found), "table": table, "departed": departed}
+        console.show_json({"out": str(out), **told, "settings": resolved.as_json()})
+    else:
+        console.show(console.table(title, *turned_table(found)))
+        console.note(f"{verdict(found)}\nthe page: {page}")
+    if departed:
+        console.note(f"a file departs from its model: {', '.join(departed)}")
+        raise typer.Exit(1)
 
 
 def _say_weights(model: str, weights: str) -> None:
@@ -1332,9 +1352,8 @@ def report(
     files. A study that was measured, by this or by `demo`, is drawn again. The exit status is 1 where an exported file departs from its
     model.
     """
-    from crqat_fx.findings import STUDY, closing_table, load_study, turned_table
+    from crqat_fx.findings import STUDY, load_study
     from crqat_fx.report import write_report
-    from crqat_fx.report_results import verdict
     from crqat_fx.run_study import QUICK, RunStudySettings, is_run, study_run
 
     flags = _given(
@@ -1359,15 +1378,7 @@ def report(
             found.save(out.parent / STUDY)
             resolved.write(_beside(out), _command("report", run))
         write_report(found, temporary)
-    if as_json:
-        head, rows = closing_table(found)
-        table = [dict(zip(head, row, strict=True)) for row in rows]
-        console.show_json({"out": str(out), "verdict": verdict(found), "table": table, "settings": resolved.as_json()})
-    else:
-        console.show(console.table(found.title, *turned_table(found)))
-        console.note(f"{verdict(found)}\nthe page: {out}")
-    if any(model.ladder is not None and not model.ladder.passed for model in found.models):
-        raise typer.Exit(1)
+    _tell_study(found, found.title, out, out, resolved, as_json)
 
 
 @app.command()
@@ -1387,25 +1398,10 @@ def demo(
     """
     from crqat_fx.demo import REPORT, DemoSettings, QuickSettings
     from crqat_fx.demo import demo as run
-    from crqat_fx.findings import closing_table
-    from crqat_fx.report_results import verdict
 
     resolved = resolve(QuickSettings if quick else DemoSettings, _given(steps=steps, pictures=pictures, rounds=rounds), config)
     settings = resolved.values
     found = run(out, settings, console.deed)
     resolved.write(out / SETTINGS, _command("demo", *(("--quick",) if quick else ())))
-    departed = [model.label for model in found.models if model.ladder is not None and not model.ladder.passed]
-    head, rows = closing_table(found)
-    if as_json:
-        table = [dict(zip(head, row, strict=True)) for row in rows]
-        told = {"verdict": verdict(found), "table": table, "departed": departed}
-        console.show_json({"out": str(out), **told, "settings": resolved.as_json()})
-    else:
-        trained = f"{'quick, not to judge by: ' if quick else ''}{settings.steps} steps of training, {settings.pictures} pictures"
-        shown = head.index("times as fast") + 1  # how far each drifts is in the report
-        names = [name.removeprefix("AP ") for name in head[:shown]]
-        console.show(console.table(f"{found.title}: AP of all names and by group ({trained})", names, [row[:shown] for row in rows], 2))
-        console.note(f"{verdict(found)}\nthe page: {out / REPORT}")
-    if departed:
-        console.note(f"a file departs from its model: {', '.join(departed)}")
-        raise typer.Exit(1)
+    trained = f"{'quick, not to judge by: ' if quick else ''}{settings.steps} steps of training, {settings.pictures} pictures"
+    _tell_study(found, f"{found.title} ({trained})", out, out / REPORT, resolved, as_json)

@@ -78,6 +78,13 @@ def test_every_model_runs_in_its_own_process_as_often_as_asked(tmp_path):
     assert said[-1] == (4, 4)
 
 
+def test_the_size_of_a_model_is_that_of_all_its_files(tmp_path):
+    graph, weights = tmp_path / "model.xml", tmp_path / "model.bin"
+    graph.write_bytes(b"12")
+    weights.write_bytes(b"345")
+    assert Contender("openvino", graph, beside=(weights,)).bytes == 5
+
+
 def test_two_files_are_timed_by_onnxruntime(model):
     report = bench([model, model], SMALL)
     assert [len(one.turns) for one in report.timings] == [3, 3]
