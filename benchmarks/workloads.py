@@ -82,6 +82,8 @@ def drawn_model(size: str, version: int = 2, seed: int = 0) -> YoloWorld:
             if isinstance(module, nn.Conv2d | nn.Linear):
                 inputs = module.weight[0].numel()
                 module.weight.normal_(0, 1.4 / math.sqrt(inputs), generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.1, generator=generator)
             elif isinstance(module, nn.BatchNorm2d):
                 mean, variance = module.running_mean, module.running_var
                 assert mean is not None
