@@ -1021,12 +1021,13 @@ def _accuracy_rung(prepared: str, model: Path, settings: VerifySettings, raw: bo
     from crqat_fx.verify import accuracy
 
     assert settings.data is not None
+    kept = open_model(str(model)).carried_settings()  # of a file with NMS also what that keeps: the model is scored by the same
     scores = []
     for name in (prepared, str(model)):
         opened = open_model(name, raw=raw and name == prepared)
         size = int(opened.carried_settings()["size"])
         takes = settings.vocabulary if name == prepared or opened.takes_text else None
-        asked = EvaluateSettings(vocabulary=takes, size=size, threads=settings.threads)
+        asked = EvaluateSettings(vocabulary=takes, threads=settings.threads, **{**kept, "size": size})
         dataset, texts = open_evaluation(settings.data, size, settings.pictures)
         with console.progress(f"AP of {Path(name).name}") as progress:
             scores.append(evaluate(opened.detector(asked.detecting, texts), dataset, progress=progress).scores.ap)

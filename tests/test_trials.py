@@ -1,5 +1,6 @@
 """A file that leaves axes open, and one with NMS in it, are verified in what they are: at other sizes, batches and texts; by detections."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
 from crqat_fx.checkpoint import load_model
+from crqat_fx.cli import app
 from crqat_fx.data.shapes import ShapesTask
 from crqat_fx.detections import Selection
 from crqat_fx.export import export
@@ -182,3 +185,17 @@ def test_a_picture_whose_detections_hang_on_an_overlap_at_the_limit_is_left_out_
     assert tally.rung(3, "x").detail == "1 detections on 2 pictures, 1 left out: an overlap lies at the limit"
     tally.add_selected([Selected(rows, other, 1, False)], "")
     assert tally.rung(3, "x").departs == "detections"
+
+
+def test_a_file_with_nms_is_scored_beside_its_model_by_what_it_keeps(tmp_path: Path) -> None:
+    size = 64
+    made = prepare(load_model("pico-v2")[0], recipe="8-8-8-int", vocabulary=TASK.vocabulary, size=size)
+    calibrate(made, picture_batches(made, PICTURES[:1]), "minmax", 1)
+    made.save(tmp_path / "prepared.pt")
+    export(made, tmp_path / "model.onnx", outputs="nms", selection=KEPT)
+    arguments = ["verify", tmp_path / "prepared.pt", tmp_path / "model.onnx", "shapes", "--count", 1, "--data", "shapes", "--pictures", 2]
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    rungs = json.loads(done.stdout)["rungs"]
+    assert [rung["passed"] for rung in rungs[:4]] == [True] * 4
+    assert (rungs[-1]["number"], rungs[-1]["detail"].split()[0]) == (5, "AP")
