@@ -10,15 +10,15 @@ PATCHES = """
         a_rows = Slice (a, zero, four, two)
         a_row = ReduceMax <keepdims = 1> (a_rows, two)
         a_high = Concat <axis = 2> (a_row)
+        b_rows = Slice (b, zero, two, two)
+        b_row = ReduceMax <keepdims = 1> (b_rows, two)
+        b_high = Concat <axis = 2> (b_row)
         a_left = Slice (a_high, zero, three, {axis})
-        a_right = Slice (a_high, two, five, three)
+        a_right = Slice ({right}, two, five, three)
         a_1 = ReduceMax <keepdims = 1> (a_left, {axis})
         a_2 = ReduceMax <keepdims = 1> (a_right, three)
         a_pooled = Concat <axis = 3> (a_1, a_2)
         a_flat = Reshape (a_pooled, flat)
-        b_rows = Slice (b, zero, two, two)
-        b_row = ReduceMax <keepdims = 1> (b_rows, two)
-        b_high = Concat <axis = 2> (b_row)
         b_left = Slice (b_high, zero, three, three)
         b_right = Slice (b_high, three, six, three)
         b_1 = ReduceMax <keepdims = 1> (b_left, three)
@@ -36,8 +36,8 @@ PATCHES = """
 NUMBERS = {name: np.int64([value]) for name, value in {"zero": 0, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}.items()}
 
 
-def patches(axis="three", join=2, perm="[0, 2, 1]", outputs="uint8[2,4,3]", flat=(2, 3, 2)):
-    text = PATCHES.format(axis=axis, join=join, perm=perm).replace("uint8[2,4,3] y", f"{outputs} y")
+def patches(axis="three", join=2, perm="[0, 2, 1]", outputs="uint8[2,4,3]", flat=(2, 3, 2), right="a_high"):
+    text = PATCHES.format(axis=axis, join=join, perm=perm, right=right).replace("uint8[2,4,3] y", f"{outputs} y")
     steps = {"s_a": np.float32(0.02), "s_b": np.float32(0.03), "s": np.float32(0.04), "z": np.uint8(9)}
     return onnx_model(text, **NUMBERS, **steps, flat=np.int64(flat))
 
@@ -76,8 +76,9 @@ def test_takes_patches_channels_last_as_tokens():
         {"perm": "[2, 0, 1]", "outputs": "uint8[4,2,3]"},
         {"join": 1, "outputs": "uint8[2,2,6]"},
         {"flat": (2, 2, 3), "outputs": "uint8[2,6,2]"},
+        {"right": "b_high"},
     ],
-    ids=["windows of rows", "another turn", "joined channels", "channels not kept"],
+    ids=["windows of rows", "another turn", "joined channels", "channels not kept", "windows of two maps"],
 )
 def test_leaves_other_tokens(given):
     check_lowering(ChannelsLastPatches(), patches(**given))
