@@ -135,8 +135,7 @@ class Block:
     seeds: tuple[int, ...] = field(default=SEEDS)
 
 
-UNOTHER_SEEDS = tuple(Block(recipe, tuple(PTQ), seeds=SEEDS[1:]) for recipe in WIDTHS)  # wait for no tuning
-TRAINED = (
+UNTRAINED = (
     Block(FULL_PRECISION, (FULL_PRECISION,), seeds=SEEDS[:1]),
     *(Block(recipe, tuple(PTQ), seeds=SEEDS[:1]) for recipe in WIDTHS),
 )
