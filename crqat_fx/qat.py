@@ -388,7 +388,7 @@ class QatCourse(Course):
         raw = {name: value.clone() for name, value in self.model.state_dict().items()}
         _fill(self.model, state.average.state())
         try:
-            if self.settings.reestimate and state.step:
+            if self.settings.reestimate and state.step and self.prepared.phase.norm == "train":
                 examples = self._examples(state.step, self.processes.part)
                 with autocast(self.settings, self.device):
                     estimate_norms(self.model, itertools.islice(examples, self.settings.reestimate))

@@ -492,7 +492,8 @@ def run(
         state.load(out / LAST)
     elif processes.first:
         state.save(out / LAST)  # first of all: from it alone a run can go on
-        course.begin(out)
+    if processes.first and not state.step:
+        course.begin(out)  # again where a run goes on that was killed before
     if processes.first and not (out / SETTINGS).exists():
         given = {field.name: "given" for field in dataclasses.fields(settings)}
         Resolved(settings, origins or given).write(out / SETTINGS)

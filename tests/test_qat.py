@@ -135,6 +135,18 @@ def test_a_run_keeps_the_model_that_it_began_with(straight: Path, file: Path) ->
     assert_same(dict(began.graph.state_dict()), dict(given.graph.state_dict()))
 
 
+def test_a_run_killed_before_that_model_was_written_keeps_it_as_it_goes_on(tmp_path: Path, file: Path, monkeypatch: Any) -> None:
+    def killed(course: QatCourse, out: Path) -> None:
+        raise InterruptedError
+
+    settings = replace(SETTINGS, steps=1, method="qat")
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(QatCourse, "begin", killed)
+        train_prepared(fresh(file), Rectangles(), settings, tmp_path)
+    train_prepared(fresh(file), Rectangles(), settings, tmp_path, resume=True)
+    assert_same(dict(load_prepared(tmp_path / "started.pt").graph.state_dict()), dict(fresh(file).graph.state_dict()))
+
+
 def test_a_file_without_an_average_has_no_raw_weights_to_ask_for(file: Path) -> None:
     assert fresh(file).weights == "only"
     with pytest.raises(UserError, match=r"no average.*leave out --raw"):
@@ -342,6 +354,21 @@ def test_norms_of_the_average_get_the_mean_statistics_of_some_batches(tmp_path: 
     variances = torch.stack([output.var((0, 2, 3)) for output in outputs]).mean(0)
     torch.testing.assert_close(stem.bn.running_mean, means, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stem.bn.running_var, variances, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_read_to_estimate_norms_on_only_where_the_phase_that_is_open_trains_them(tmp_path: Path, prepared: Prepared) -> None:
+    read: list[int] = []
+    half = {"quantized": BOTH, "trained": BOTH, "share": 0.5}
+    phases = half | {"norm": "frozen"}, half | {"norm": "train"}
+    course, state = course_of(prepared, replace(SETTINGS, steps=2, reestimate=2, phases=phases), Rectangles(before=read.append))
+    course.open(state)
+    take_step(state, [Rectangles().at(0)])
+    course.write(tmp_path, state)
+    assert read == []
+    assert_same(result_of(tmp_path)["average"], dict(state.average.state()))
+    course.open(state)
+    course.write(tmp_path, state)
+    assert read == [1, 2]
 
 
 def test_frozen_norms_keep_their_statistics_in_the_result(tmp_path: Path, file: Path) -> None:
@@ -619,6 +646,9 @@ def test_an_ap_of_nothing_is_refused_at_the_start(prepared: Prepared, tmp_path: 
     refused("lacks 1 of the data set's 4 categories: yellow", prepared, tmp_path, scoring, scored=(Drawn(4), other))
     narrow = Vocabulary(NAMES, EMBEDDINGS[:, :8].numpy())
     refused("8", prepared, tmp_path, scoring, scored=(Drawn(4), narrow))
+    late = Drawn(4)
+    late.coco["annotations"] = [each for each in late.coco["annotations"] if each["image_id"] >= 2]
+    refused("the first 2 pictures hold no object", prepared, tmp_path, replace(SETTINGS, ap_pictures=2), scored=(late, None))
     assert list(tmp_path.iterdir()) == []
 
 
