@@ -12,6 +12,7 @@ from html import escape
 COLOURS = 8  # of series, in the page's styles; they come again after that
 WIDTH, HEIGHT = 380, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 8, 40  # around the plot
+SMALLEST = 1e-300  # whose logarithm has a power of ten that a float still holds
 CHARACTER = 6.3  # how wide one is at the size of a label
 BOLD = 7.0
 ROW = 19  # height of a row of dots or bars
@@ -81,7 +82,7 @@ def axis(
     label: str, values: Iterable[float], *, from_zero: bool = False, logarithmic: bool = False, percent: bool = False, room: float = 0.06
 ) -> Axis:
     """An axis that holds the values, with some room around them; without values, or with one alone, there is an axis all the same."""
-    known = [value for value in values if math.isfinite(value) and (value > 0 or not logarithmic)]
+    known = [value for value in values if math.isfinite(value) and (value > SMALLEST or not logarithmic)]
     low, high = (min(known), max(known)) if known else (1.0, 1.0) if logarithmic else (0.0, 1.0)
     if logarithmic:
         return Axis(label, 10 ** math.floor(math.log10(low)), 10 ** max(math.ceil(math.log10(high)), math.floor(math.log10(low)) + 1), True)

@@ -1365,10 +1365,11 @@ def report(
     if out.suffix != ".html":
         raise UserError(f"{out.name} is no .html", where="--out", remedy="name a file that ends in it")
     measured = not is_run(run)
-    given = next(iter(flags), "quick" if quick else None)
+    given = next(iter(flags), "quick" if quick else None if config is None else "config")
     if measured and given is not None:
         option = "no-export" if given == "export" else given
-        raise UserError("was measured already, or is no training run", where=run, remedy=f"leave out --{option}, or name a run's folder")
+        what = "was measured already, or is no training run" if run.exists() else "is not there"
+        raise UserError(what, where=run, remedy=f"leave out --{option}, or name a run's folder")
     resolved = resolve(RunStudySettings, flags, config, QUICK if quick else None)
     with written(out) as temporary:  # first of all: a path that cannot be written is told before the work is done
         if measured:

@@ -107,6 +107,8 @@ class StageGraph:
     quantized: bool
 
     def __post_init__(self) -> None:
+        if not self.boxes or any(box.leads_to is not None for box in self.boxes):
+            raise ValueError("the graph has no box, or one that leads out of it")
         for edge in self.edges:
             if not {edge.source, edge.reader} <= set(range(len(self.boxes))) or edge.source == edge.reader:
                 raise ValueError(f"the graph has no box {edge.source} that a box {edge.reader} could read")
@@ -133,6 +135,10 @@ class TrainingPhase:
     quantized: tuple[str, ...]
     trained: tuple[str, ...]
     losses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.last:
+            raise ValueError(f"a phase goes from step {self.first} to {self.last}")
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,7 @@ class Study:
     graph: StageGraph | None = None
     threads: int = 1  # that speed was measured with
     machine: Mapping[str, str] = field(default_factory=dict)
+    conf: float = 0.3  # lowest score of what is shown
     format: Literal["crqat-fx study 1"] = "crqat-fx study 1"
 
     def __post_init__(self) -> None:
@@ -285,5 +292,6 @@ def told(figure: str, value: str | float | None) -> str:
 def turned_table(study: Study) -> tuple[list[str], list[list[str]]]:
     """The closing table as a terminal has room for it: a row a figure, a column a model."""
     head, rows = closing_table(study)
-    figures = [[name, *(told(name, row[place]) for row in rows)] for place, name in enumerate(head)]
+    # a terminal breaks lines at blanks
+    figures = [[name.replace("-", " "), *(told(name, row[place]) for row in rows)] for place, name in enumerate(head)]
     return ["", *figures[0][1:]], figures[1:]

@@ -58,7 +58,7 @@ def from_plain(kind: Any, value: Any, at: str = "") -> Any:
     if origin is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if origin in (int, str, bool, type(None)) and type(value) is origin:
-        return value
+        return value if origin is not int or -(2**63) <= value < 2**63 else _refuse(kind, value, at)
     return _refuse(kind, value, at)
 
 

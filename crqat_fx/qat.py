@@ -159,7 +159,7 @@ class QatSettings(LoopSettings, DataSettings):
 def train_file(
     path: str | Path,
     settings: QatSettings,
-    out: Path,
+    out: str | Path,
     *,
     origins: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -178,7 +178,7 @@ def train_file(
     scored = open_evaluation(settings.data, settings.size, settings.ap_pictures) if settings.ap_pictures else None
     teacher = None if settings.teacher is None else load_model(settings.teacher)[0]
     return train_prepared(
-        prepared, source, settings, out, teacher=teacher, scored=scored, origins=origins, progress=progress, resume=resume
+        prepared, source, settings, Path(out), teacher=teacher, scored=scored, origins=origins, progress=progress, resume=resume
     )
 
 

@@ -173,6 +173,12 @@ def _rgb(colour: tuple[int, int, int]) -> str:
 
 # --- training ---
 
+SCORED = (
+    "This AP is scored while training, in torch and on fewer pictures, with the stages of later phases still in floats: hold it against "
+    "itself, not against the table."
+)
+UNSCORED = "The log of this run has no AP over its steps: train with --ap-pictures for it."
+
 
 def training(study: Study) -> str:
     trained = [(model, model.training) for model in study.models if model.training is not None]
@@ -214,9 +220,9 @@ def _course(model: Model, found: Training, several: bool) -> str:
     )
     taught = f", taught by {found.teacher}" if found.teacher is not None else ""
     heading = f"<h3>{escape(model.label)}</h3>" if several else ""
-    without = "" if scores else '<p class="note">The log of this run has no AP over its steps.</p>'
+    about = SCORED if scores else UNSCORED
     summary = f"{found.method}{taught}, {found.planned} steps in {len(found.phases)} {'phase' if len(found.phases) == 1 else 'phases'}:"
-    return f'{heading}<p>{escape(summary)}</p><ol class="phases">{told}</ol>{grid(charts)}{without}'
+    return f'{heading}<p>{escape(summary)}</p><ol class="phases">{told}</ol>{grid(charts)}<p class="note">{escape(about)}</p>'
 
 
 def _chart(

@@ -186,7 +186,8 @@ def pictures(study: Study) -> str:
         columns = [_annotated(picture, place)]
         columns += [_detected(model, model.found[place], picture, place) for model in study.models]
         shown.append(f"<h3>{escape(picture.name)}</h3>{grid(columns, 'pictures')}")
-    return legend + "".join(shown) if shown else ""
+    note = f'<p class="note">Shown is what has a score of {study.conf:g} or more.</p>'
+    return legend + note + "".join(shown) if shown else ""
 
 
 def _annotated(picture: Picture, place: int) -> str:

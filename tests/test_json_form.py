@@ -90,6 +90,13 @@ def test_a_number_that_is_not_finite_is_refused(number: str, tmp_path: Path) -> 
     assert not (tmp_path / "g.json").exists()
 
 
+def test_a_whole_number_that_no_number_of_a_processor_holds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_text(json.dumps({**PLAIN, "count": 2**63}), encoding="utf-8")
+    with pytest.raises(UserError, match="count is 9223372036854775808, not int"):
+        load_json(Outer, tmp_path / "f.json")
+    assert from_plain(Outer, {**PLAIN, "count": -(2**63)}).count == -(2**63)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", "null", '"x"', "\udc00"])
 def test_what_is_no_json_of_it_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text(text, encoding="utf-8", errors="surrogatepass")

@@ -1,12 +1,15 @@
 """Who may import whom: the layers of the README's file map, held by reading every import with `ast`."""
 
 import ast
+import fnmatch
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MAP = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where things are")[1].split("```")[1]
 GROUND = {"crqat_fx.__version__", "crqat_fx.errors", "crqat_fx.files", "crqat_fx.progress"}
 PIXELS = {*GROUND, "numpy", "cv2"}
 TENSORS = {*GROUND, "torch", "numpy"}
@@ -266,3 +269,24 @@ def test_no_two_modules_import_each_other():
 
     for module in names:
         visit(module, ())
+
+
+def mapped() -> set[str]:
+    """The modules that the README's file map names, some by a pattern: `a.py` in its place, or as a word where its package is told."""
+    found, top, package = set(), "", ""
+    for line in MAP.strip().splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            top = name
+        if line[: len("      ")].strip():
+            package = f"{top}{name}" if line.startswith(" ") and name.endswith("/") else ""
+        found |= {f"{top}{each}" for each in re.findall(r"[\w/*]+\.py", line)}
+        found |= {f"{package}{each}.py" for each in re.findall(r"\w+", line)} if package else set()
+    return found
+
+
+def test_the_readmes_map_names_every_module():
+    modules = {str(path.relative_to(ROOT)) for top in ("passes", "crqat_fx") for path in (ROOT / top).rglob("*.py")}
+    named = mapped()
+    told = {each for each in modules if any(fnmatch.fnmatchcase(each, pattern) for pattern in named)}
+    assert {each for each in modules - told if not each.endswith("/__init__.py")} == set()

@@ -112,6 +112,8 @@ def test_the_exit_status_says_that_a_file_departs(study, tmp_path):
         (("{empty}/none",), "none: cannot be read"),
         (("{empty}", "--quick"), "is no training run; leave out --quick"),
         (("{empty}", "--no-export"), "leave out --no-export"),
+        (("{empty}/none", "--pictures", "3"), "none: is not there; leave out --pictures, or name a run's folder"),
+        (("{empty}", "--config", "{run}/settings.yaml"), "leave out --config"),
         (("{run}", "--out", "{empty}/r.txt"), "r.txt is no .html; name a file that ends in it"),
         (("{run}", "--out", "{run}/log.jsonl/r.html"), "cannot be written"),
         (("{run}", "--pictures", "-1"), "pictures is -1"),
@@ -176,7 +178,7 @@ def test_the_page_is_whole_and_has_every_section_with_what_it_is_there_for(made,
     assert list(sections) == [part.address for part in PARTS]
     holds = {
         "results": ("AP novel", "÷", "AP by group of names", "AP against size", "AP against speed", "in onnxruntime"),
-        "pictures": ("data:image/jpeg;base64,", "annotated", "FP32", "CR-QAT 4-8-8-int", "right,"),
+        "pictures": ("data:image/jpeg;base64,", "annotated", "FP32", "CR-QAT 4-8-8-int", "right,", "a score of 0.1 or more"),
         "drift": ("Pearson", "moved by", "region-text, confidence", 'class="cell"', "FP32: the others are compared with it"),
         "training": (
             "cr-qat, taught by pico-v2, 4 steps in 2 phases",
@@ -184,16 +186,18 @@ def test_the_page_is_whole_and_has_every_section_with_what_it_is_there_for(made,
             "relations taught",
             "flipped weights",
             "AP, as phases open and end",
+            "hold it against itself",
         ),
         "quantizers": ("SQNR", "Clipped share", "Ranges of activations", "every quantizer (", "FP32: it has no quantizers"),
         "stages": ("bottom_up_layers.1", "neck-head", "W4"),
-        "integers": ("100.0%", "QLinearConv", "stray Transposes", "Where the time goes"),
+        "integers": ("100.0%", "QLinearConv", "stray Transposes", "ms in turns", "Where the time goes"),
         "ladder": ("1. stored codes", "4. onnxruntime, optimised", "✓ holds", "FP32: a file in floats has no codes"),
         "measured": ("240 names", "96 px", "COCO AP", "processor"),
     }
     for address, words in holds.items():
         for word in words:
             assert word in sections[address], (address, word)
+    assert f"{study.models[1].speed.milliseconds.low:.1f} to {study.models[1].speed.milliseconds.high:.1f}" in sections["integers"]
     assert len(text) < 6e6
     assert text.count("data:image/jpeg") == len(study.shown) + len(study.heat)
 
