@@ -140,9 +140,10 @@ def test_a_run_killed_before_that_model_was_written_keeps_it_as_it_goes_on(tmp_p
         raise InterruptedError
 
     settings = replace(SETTINGS, steps=1, method="qat")
-    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patched:
         patched.setattr(QatCourse, "begin", killed)
-        train_prepared(fresh(file), Rectangles(), settings, tmp_path)
+        with pytest.raises(InterruptedError):
+            train_prepared(fresh(file), Rectangles(), settings, tmp_path)
     train_prepared(fresh(file), Rectangles(), settings, tmp_path, resume=True)
     assert_same(dict(load_prepared(tmp_path / "started.pt").graph.state_dict()), dict(fresh(file).graph.state_dict()))
 
