@@ -221,12 +221,17 @@ class Doctored(FxPass):
         return 0
 
 
-def test_a_file_whose_graph_is_built_otherwise_now_is_refused_with_the_version_to_use(calibrated, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [(crqat_fx.__version__, "now; prepare the model again"), ("0.0.9", "now; use crqat-fx 0.0.9, or prepare the model again")],
+)
+def test_a_file_whose_graph_is_built_otherwise_now_is_refused_with_what_to_do(calibrated, tmp_path, monkeypatch, version, remedy):
     path = tmp_path / "prepared.pt"
+    monkeypatch.setattr("crqat_fx.quantize.prepared.__version__", version)
     calibrated["ort"].save(path)
     monkeypatch.setattr("crqat_fx.quantize.prepare.quantizer_passes", lambda *args: _doctored(pipelines.quantizer_passes(*args)))
     monkeypatch.setattr("crqat_fx.quantize.prepare.hold_to_recipe", lambda *args: None)
-    with pytest.raises(UserError, match=rf"was prepared by crqat-fx {re.escape(crqat_fx.__version__)}.*use crqat-fx"):
+    with pytest.raises(UserError, match=rf"was prepared by crqat-fx {re.escape(version)}, .*{re.escape(remedy)}$"):
         load_prepared(path)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from crqat_fx import __version__
 from crqat_fx.errors import UserError
 from crqat_fx.models.yolo_world import YoloWorld
 from crqat_fx.pipelines import prepare_passes, quantizer_passes
@@ -149,7 +150,7 @@ def rebuilt(
         raise UserError(
             f"was prepared by crqat-fx {saved.version}, whose graph of this model is another than the one built now",
             where=path,
-            remedy=f"use crqat-fx {saved.version}, or {AGAIN}",
+            remedy=AGAIN if saved.version == __version__ else f"use crqat-fx {saved.version}, or {AGAIN}",
         )
     if saved.config is not None and saved.vocabulary is not None:
         saved.vocabulary.check_width(saved.config.text_width, path)
