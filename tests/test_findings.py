@@ -22,6 +22,7 @@ from crqat_fx.findings import (
     Speed,
     StageGraph,
     Study,
+    TrainingPhase,
     closing_table,
     load_study,
     turned_table,
@@ -67,6 +68,12 @@ def test_the_turned_table_has_a_row_a_figure_with_its_digits() -> None:
 def test_a_study_without_models_is_none() -> None:
     with pytest.raises(ValueError, match="no model"):
         replace(STUDY, models=())
+
+
+@pytest.mark.parametrize(("first", "last"), [(3, 3), (-1, 4), (5, 2)])
+def test_a_phase_without_a_step_is_none(first: int, last: int) -> None:
+    with pytest.raises(ValueError, match=f"from step {first} to {last}"):
+        TrainingPhase(first, last, (), (), ())
 
 
 def changed(value: Any, *path: Any, to: Any) -> Any:
