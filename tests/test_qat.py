@@ -78,6 +78,7 @@ def fresh(file: Path) -> Prepared:
     """The model of the file, as it is there: loading it once is enough for all tests."""
     prepared = copy.copy(loaded(file))
     prepared.graph = copy.deepcopy(prepared.graph)
+    prepared.calibrations = dict(prepared.calibrations)
     prepared.set_phase(prepared.phase)
     return prepared
 
@@ -535,6 +536,21 @@ def test_half_precision_trains_with_float32_quantizers(tmp_path: Path, file: Pat
     assert logged(tmp_path)[0]["loss"] == pytest.approx(plain, rel=0.15)
     assert logged(tmp_path)[0]["loss"] != plain
     assert all(value.dtype == torch.float32 for value in saved(tmp_path)["model"].values() if value.is_floating_point())
+
+
+def test_a_step_in_fp16_moves_the_weights_that_one_in_fp32_does(file: Path) -> None:
+    """From a gradient scale at which nothing overflows: a step that does is left out."""
+    moved = []
+    for precision in ("fp32", "fp16"):
+        prepared = fresh(file)
+        course, state = course_of(prepared, replace(SETTINGS, precision=precision, method="kd", norm="frozen"))
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=precision == "fp16")
+        before = {name: value.detach().clone() for name, value in prepared.graph.named_parameters()}
+        course.open(state)
+        take_step(state, [Rectangles().at(0)])
+        moved.append({name for name, value in prepared.graph.named_parameters() if not torch.equal(value, before[name])})
+    assert len(moved[0]) > 200
+    assert len(moved[0] - moved[1]) < 0.05 * len(moved[0])
 
 
 def test_codes_and_clipped_shares_are_those_of_the_rounding(prepared: Prepared) -> None:
