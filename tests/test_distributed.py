@@ -19,7 +19,7 @@ from crqat_fx.data.batch import Batch, Truth, slots_of
 from crqat_fx.distributed import ALONE, Processes, joined, own_device, synchronise_norms
 from crqat_fx.errors import UserError
 from crqat_fx.qat import QatCourse, QatSettings
-from crqat_fx.train import TrainingState, accumulate_gradients
+from crqat_fx.train import TrainingState, accumulate_gradients, take_step
 
 CPU = torch.device("cpu")
 KD = replace(SETTINGS, method="kd", batch=4, kd_weight=6.0, trkd_factor=16.0)
@@ -50,6 +50,17 @@ def gradients(file: Path, processes: Processes, norm: str, accumulate: int) -> d
     grads = {name: parameter.grad for name, parameter in prepared.graph.named_parameters() if parameter.grad is not None}
     statistics = {name: value for name, value in prepared.graph.state_dict().items() if "running" in name}
     return {"terms": terms, "gradients": grads, "statistics": statistics}
+
+
+def partly_quantized(file: Path, processes: Processes) -> dict[str, Tensor]:
+    """Losses of the second of two steps in which the neck and head learn in floats, their scales read by nobody."""
+    phase = {"quantized": ["backbone"], "trained": ["backbone", "neck-head"]}
+    settings = replace(KD, norm="frozen", rate=1e-6, phases=(phase | {"norm": "frozen"},))
+    course = QatCourse(fresh(file), settings, Parts(), CPU, processes)
+    state = TrainingState(course, CPU, "rectangles", processes)
+    course.open(state)
+    stream = Parts().batches(5, processes.part)
+    return [take_step(state, [next(stream)]) for _ in range(2)][-1]
 
 
 def together(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +103,7 @@ def everything(processes: Processes, file: Path) -> dict[str, Any]:
         found[f"norm {momentum}"] = normalised(processes, momentum)
     for norm, accumulate in (("frozen", 1), ("train", 1), ("frozen", 2)):
         found[f"{norm} {accumulate}"] = gradients(file, processes, norm, accumulate)
+    found["partly quantized"] = partly_quantized(file, processes)
     return found
 
 
@@ -116,6 +128,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
     mp.spawn(work, (port, file, folder), nprocs=2)
     alone = everything(ALONE, file)
     return alone, [torch.load(folder / f"found{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_train_what_a_phase_leaves_in_floats(both: Any) -> None:
+    alone, found = both
+    for name, term in alone["partly quantized"].items():
+        assert found[0]["partly quantized"][name].item() == pytest.approx(term.item(), rel=1e-3), name
 
 
 def test_a_total_is_the_same_everywhere_and_its_gradient_that_of_all_processes(both: Any) -> None:
