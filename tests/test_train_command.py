@@ -142,7 +142,8 @@ def test_two_processes_of_torchrun_that_are_killed_and_resumed_train_as_one(file
         assert line.keys() == other.keys()
         for name, value in line.items():
             assert other[name] == pytest.approx(value, rel=5e-3), name
-    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    left = (path.name for path in two.iterdir())  # where it was killed as it wrote, also a part of a file, under a hidden name
+    assert sorted(name for name in left if not name.startswith(".")) == sorted(path.name for path in one.iterdir())
     watched = [json.loads(line) for line in (two / "quantizers.jsonl").read_text().splitlines()]
     assert [line["step"] for line in watched] == [2, 4, 6]
     assert all(len(line) > 100 for line in watched)
