@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crqat_fx.checkpoint import load_model
-from crqat_fx.data.opening import SHAPES
+from crqat_fx.data.opening import SHAPES, open_pictures
 from crqat_fx.data.shapes import ShapesTask
 from crqat_fx.errors import UserError
 from crqat_fx.export import export
@@ -97,7 +97,7 @@ def _calibrated(folder: Path, recipe: str, settings: DemoSettings, progress: Pro
     model, _ = load_model(MODEL)
     task = ShapesTask()
     prepared = prepare(model, recipe=recipe, vocabulary=task.vocabulary, size=task.size, take_over=True)
-    shown = (task.draw("calibration", index).image for index in range(settings.calibration))
+    shown = open_pictures(SHAPES, task.size, settings.calibration)
     calibrate(prepared, picture_batches(prepared, shown), count=settings.calibration, progress=progress)
     prepared.save(folder / PREPARED)
     export(prepared, folder / "ptq.onnx")
@@ -107,7 +107,7 @@ def _calibrated(folder: Path, recipe: str, settings: DemoSettings, progress: Pro
 def _trained(folder: Path, recipe: str, settings: DemoSettings, progress: Progress) -> Contender:
     training = QatSettings(
         steps=settings.steps, rate=RATE, norm="frozen", teacher=MODEL, size=ShapesTask.size, calibration=settings.calibration,
-        reestimate=min(20, settings.steps), ap_pictures=settings.pictures // 5, watch_every=max(1, settings.steps // 12),
+        ap_pictures=settings.pictures // 5, watch_every=max(1, settings.steps // 12),
     )  # fmt: skip
     result = train_file(folder / PREPARED, training, folder / "run", progress=progress)
     if result.interrupted:

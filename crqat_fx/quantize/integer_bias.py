@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.ao.nn import qat
 
 from crqat_fx.quantize.fake_quant import FakeQuantize
-from passes.fx.lower_layers import LARGEST_BIAS
+from passes.fx.lower_layers import LARGEST_BIAS, raised_scale
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,7 @@ class IntegerBias(nn.Module):
     def weight_scale(self, bias: Tensor | None) -> Tensor:
         """Of the weight as it is stored, one a channel or one for all."""
         scale, step = self._scale(), self.step()
-        if bias is None or step is None:
-            return scale
-        least = bias.detach().abs() / (step * LARGEST_BIAS)
-        return torch.maximum(scale, least if scale.ndim else least.max())
+        return scale if bias is None or step is None else raised_scale(scale, bias.detach(), step)
 
     def _scale(self) -> Tensor:
         assert isinstance(self.weight_fake_quant, FakeQuantize)  # who asks has looked

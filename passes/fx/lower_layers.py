@@ -30,7 +30,6 @@ from torch.fx import GraphModule, Node
 from passes.base import PassError
 from passes.fx.codes import Dequantize, Quantize
 from passes.fx.graph import FxPass, module_of
-from passes.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 LARGEST_BIAS = 2**30  # as many codes are left for the products it is added to
@@ -113,7 +112,7 @@ def _store(path: str, layer: nn.Conv2d | nn.Linear, step: Tensor | None) -> nn.M
     if spec.channel_axis not in (None, 0):
         step = None
     if bias is not None and step is not None:
-        scale = torch.maximum(scale, _least_scale(bias, step, spec))
+        scale = raised_scale(scale, bias, step)
     rounds = Quantize(scale, zero_point, spec)
     store.register_buffer("weight_codes", rounds(weight))
     store.add_module("weight", Dequantize(scale, zero_point, spec.channel_axis, spec))
@@ -129,10 +128,10 @@ def _store(path: str, layer: nn.Conv2d | nn.Linear, step: Tensor | None) -> nn.M
     return store
 
 
-def _least_scale(bias: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
-    """The smallest scale of a weight with which the bias has codes."""
+def raised_scale(scale: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+    """The scale of a weight, raised where the bias would have no codes with it."""
     least = bias.abs() / (step * LARGEST_BIAS)
-    return least if spec.channel_axis == 0 else least.max()
+    return torch.maximum(scale, least if scale.ndim else least.max())
 
 
 @dataclass(frozen=True)
