@@ -119,7 +119,7 @@ class Tuning:
 
 BEHIND = 10.0  # AP
 TUNING = (
-    Tuning("qat", (101, 102), ({"rate": 2e-4}, {"rate": 5e-4}, {"rate": 1e-3}, {"rate": 2e-3})),
+    Tuning("qat", (101, 102), ({"rate": 2e-4}, {"rate": 5e-4}, {"rate": 1e-3}, {"rate": 2e-3}, {"rate": 4e-3})),
     Tuning("qat", (101, 102), ({"ema": 0.1}, {"ema": 0.3})),
     Tuning("cr-qat", (201, 202), ({"trkd_factor": 1.0}, {"trkd_factor": 16.0})),
 )
