@@ -12,7 +12,7 @@ node by node, so that only what is still to be read is in memory. Quantizers tha
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.quantize.watch import codes_of
 from crqat_fx.trace import Example
-from passes.fx.graph import module_of, node_paths
+from passes.fx.graph import STAGE, module_of, node_paths
 from passes.fx.placement import quantizes
 
 EXACT = 150.0  # decibels: as much as float32 tells apart; shown for a tensor that is the same, number by number
@@ -98,9 +98,14 @@ def measure_noise(prepared: Prepared, batches: Iterable[Example], *, total: int 
     tensors: dict[Node, Energy] = {}
     rounded: dict[str, _Rounded] = {}
     seen = 0
+
+    def compare(node: Node, exact: Tensor, given: Tensor) -> Tensor:
+        tensors.setdefault(node, Energy()).add(exact, given)
+        return given
+
     with evaluating(prepared.graph), _watched(prepared.quantizers(), rounded), torch.no_grad():
         for inputs in batches:
-            _SideBySide(prepared.graph, tensors).run(*inputs)
+            SideBySide(prepared.graph, compare).run(*inputs)
             seen += len(inputs[0])
             if progress is not None:
                 progress(seen, max(total or seen, seen), "pictures in float and quantized")
@@ -170,13 +175,15 @@ class _Pair:
     rounded: Any
 
 
-class _SideBySide(Interpreter):
-    """Every node twice: on the float values with its quantizers off, and on the quantized ones."""
+class SideBySide(Interpreter):
+    """Every node twice: on the float values with its quantizers off, and on the quantized ones. With `stages`, those of others once, as the
+    quantized graph has them. `look` is shown both values of a node, and gives the quantized one that later nodes read."""
 
-    def __init__(self, graph: GraphModule, tensors: dict[Node, Energy]) -> None:
+    def __init__(self, graph: GraphModule, look: Callable[[Node, Tensor, Tensor], Tensor], stages: Collection[str] | None = None) -> None:
         super().__init__(graph)
         self.graph_module = graph
-        self.tensors = tensors
+        self.look = look
+        self.stages = stages
 
     def run_node(self, n: Node) -> Any:
         if n.op == "output":
@@ -187,13 +194,15 @@ class _SideBySide(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         call = getattr(self, n.op)
         rounded = call(n.target, *_half((args, kwargs), "rounded"))
+        if self.stages is not None and n.meta[STAGE] not in self.stages:
+            return _Pair(rounded, rounded)
         if quantizes(self.graph_module, n):
             exact = _half(args, "exact")[0]
         else:
             with _without_rounding(module_of(self.graph_module, n)):
                 exact = call(n.target, *_half((args, kwargs), "exact"))
         if isinstance(exact, Tensor) and exact.is_floating_point():
-            self.tensors.setdefault(n, Energy()).add(exact, rounded)
+            rounded = self.look(n, exact, rounded)
         return _Pair(exact, rounded)
 
 

@@ -12,8 +12,9 @@ The loss of a batch of B pictures is
 The task's loss grows with the batch, as published; the others do not. What the published weight of 6 is meant beside is not known, and
 decides the result: hence the factors, 1 for as it is written here, B for a loss that grows with the batch as well.
 
-A phase opens so: its stages' quantizers are switched on, and set on the student as it then is; parameters that begin to learn do so with
-fresh moments; the average starts again. Scales and zero points learn at a share of the rate, and nothing pulls them to zero.
+A phase opens so: its stages' quantizers are switched on, and set on the student as it then is; norms are corrected, where that is asked
+for; parameters that begin to learn do so with fresh moments; the average starts again. Scales and zero points learn at a share of the rate,
+and nothing pulls them to zero.
 """
 
 import bisect
@@ -33,6 +34,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from crqat_fx.assign import assign
 from crqat_fx.checkpoint import load_model
+from crqat_fx.correct_norms import correct_norms, uncorrect_norms
 from crqat_fx.curriculum import (
     BACKBONE_FEATURES,
     EMA,
@@ -114,6 +116,7 @@ class QatSettings(LoopSettings, DataSettings):
     shares: tuple[float, ...] | None = None  # of the steps, one a phase; None takes the published
     norm: Norm = "train"
     recalibrate: bool = True
+    correct: bool = False  # norms of stages as they are quantized; frozen ones
     ema: float = EMA
     phases: tuple[Any, ...] | None = None  # mappings of a phase's fields, in place of the method's
     quantizer_rate: float = 0.1  # share of the rate, of scales and zero points
@@ -152,6 +155,7 @@ class QatSettings(LoopSettings, DataSettings):
             norm=self.norm,
             recalibrate=self.recalibrate,
             ema=self.ema,
+            correct=self.correct,
             shares=self.shares,
         )
 
@@ -301,18 +305,23 @@ class QatCourse(Course):
         if index == self.index:
             return {}
         learning = {parameter for parameter in self.model.parameters() if parameter.requires_grad} if self.index is not None else set()
-        self.prepared.set_phase(self.phases[index])
-        stages = newly_quantized(self.phases, index) if index else ()
-        if stages and self.phases[index].recalibrate:
-            with autocast(self.settings, self.device):
-                calibrate(self.prepared, self._examples(state.step), self.settings.observer, self.settings.calibration, stages=stages)
-            self.processes.share(self.model)
+        phase = self.phases[index]
+        self.prepared.set_phase(phase)
+        stages = newly_quantized(self.phases, index)
+        count = self.settings.calibration
+        with autocast(self.settings, self.device):
+            if index and stages and phase.recalibrate:
+                calibrate(self.prepared, self._examples(state.step), self.settings.observer, count, stages=stages)
+            if stages and phase.correct:
+                correct_norms(self.prepared, self._examples(state.step), count, stages=stages)
+        if phase.norm == "train":
+            uncorrect_norms(self.prepared, phase.trained)
+        self.processes.share(self.model)
         self._set(index)
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter not in learning:
                 state.optimizer.state.pop(parameter, None)
         state.average = self.average(state.step + 1)
-        phase = self.phases[index]
         logger.info("step %d: %s quantized, %s", state.step, ", ".join(phase.quantized) or "nothing", " + ".join(phase.losses))
         return self._ap("ap_opening", state)
 

@@ -160,6 +160,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_status_is_one(model, pic
         (["cost", "yolo-world-v1-l", "--target", "toaster"], "toaster"),
         (["prepare", "{model}", "--recipe", "9-9-9"], "9-9-9"),
         (["prepare", "{model}", "--calibrate", "nowhere"], "nowhere"),
+        (["prepare", "{model}", "--correct-norms"], "--correct-norms: norms are corrected on pictures; name some with --calibrate"),
         (["prepare", "{model}", "--calibrate", "shapes", "--observer", "eyes"], "eyes"),
         (["pretrain", "--out", "run", "--model", "huge"], "model is 'huge'"),
         (["pretrain", "--out", "run", "--resume"], "run"),
@@ -218,11 +219,13 @@ def test_a_drawn_set_on_disk_scores_as_the_streamed_one_does(model, tmp_path):
 def test_a_model_is_prepared_calibrated_and_then_evaluated_as_it_is(model, tmp_path):
     out = tmp_path / "prepared.pt"
     done = run(
-        "prepare", model, "--recipe", "8-8-8", "--target", "conv-inputs", "--calibrate", "shapes", "--pictures", 4, "--out", out, "--json"
-    )
+        "prepare", model, "--recipe", "8-8-8", "--target", "conv-inputs", "--calibrate", "shapes", "--pictures", 4, "--correct-norms",
+        "--out", out, "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["calibrated"]
+    assert report["corrected"] == 60
     assert [stage["stage"] for stage in report["stages"]] == ["backbone", "neck-head"]
     assert all(stage["quantizers"] > 0 for stage in report["stages"])
     assert any("stem" in one["path"] for one in report["float"])

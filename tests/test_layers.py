@@ -147,6 +147,7 @@ APPLICATIONS = {
     "trials",
     "qat",
     "noise",
+    "correct_norms",
     "mixed_recipe",
     "sensitivity",
     "graph_layout",

@@ -18,6 +18,7 @@ from test_train import EMBEDDINGS, NAMES, Rectangles, assert_same, logged, saved
 from torch import Tensor, nn
 
 from crqat_fx.checkpoint import load_model
+from crqat_fx.correct_norms import correct_norms, correctable
 from crqat_fx.curriculum import Phase
 from crqat_fx.data.batch import Batch, Truth
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
@@ -333,6 +334,48 @@ def test_a_phase_sets_the_ranges_of_the_stages_it_quantizes_on_the_student_as_it
     calibrate(other, ((batch.images / 255, batch.text) for batch in batches), "minmax", 4, stages=[NECK_HEAD])
     for name in ranges:
         torch.testing.assert_close(prepared.graph.state_dict()[name], other.graph.state_dict()[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_phase_corrects_the_norms_of_the_stages_it_quantizes_where_that_is_asked_for(coarse: Path) -> None:
+    prepared = fresh(coarse)
+    course, state = course_of(prepared, replace(SETTINGS, correct=True, norm="frozen"))
+    own = {stage: set(correctable(prepared, [stage]).values()) for stage in (BACKBONE, NECK_HEAD)}
+    assert all(own.values())
+
+    def corrected() -> list[bool]:
+        return [any(layer.corrected for layer in own[stage]) for stage in (BACKBONE, NECK_HEAD)]
+
+    assert corrected() == [False, False]
+    course.open(state)
+    assert corrected() == [True, False]
+    assert_same(state.average.state(), snapshot(prepared.graph), "average")
+    for step in range(2):
+        take_step(state, [Rectangles().at(step)])
+    before = [layer.ratio.clone() for layer in own[BACKBONE]]
+    course.open(state)
+    assert corrected() == [True, True]
+    assert all(torch.equal(layer.ratio, ratio) for layer, ratio in zip(own[BACKBONE], before, strict=True))
+    assert_same(state.average.state(), snapshot(prepared.graph), "average")
+
+
+def test_corrected_norms_whose_statistics_are_trained_are_given_up(coarse: Path) -> None:
+    prepared = fresh(coarse)
+    assert correct_norms(prepared, ((batch.images / 255, batch.text) for batch in map(Rectangles(4).at, range(2))), 4)
+    course, state = course_of(prepared)  # the backbone first: neck and head have still float norms that are right
+    course.open(state)
+    left = {layer.corrected for layer in correctable(prepared, [BACKBONE]).values()}
+    assert left == {False}
+    assert any(layer.corrected for layer in correctable(prepared, [NECK_HEAD]).values())
+
+
+def test_a_corrected_run_resumed_ends_in_the_same_bits(tmp_path: Path, coarse: Path) -> None:
+    settings = replace(SETTINGS, correct=True, norm="frozen")
+    train_prepared(fresh(coarse), Rectangles(), settings, tmp_path / "straight", teacher=teacher())
+    train_prepared(fresh(coarse), Rectangles(), settings, tmp_path / "stopped", teacher=teacher(), progress=stop_after(3))
+    train_prepared(fresh(coarse), Rectangles(), settings, tmp_path / "stopped", teacher=teacher(), resume=True)
+    assert_same(saved(tmp_path / "stopped"), saved(tmp_path / "straight"))
+    assert_same(result_of(tmp_path / "stopped"), result_of(tmp_path / "straight"))
+    assert any(layer.corrected for layer in correctable(load_prepared(tmp_path / "stopped" / "prepared.pt")).values())
 
 
 def test_the_average_looks_back_a_share_of_its_phase(prepared: Prepared) -> None:

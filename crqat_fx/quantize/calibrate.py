@@ -16,6 +16,7 @@ import torch
 from crqat_fx.errors import UserError
 from crqat_fx.pictures import letterbox
 from crqat_fx.progress import Progress
+from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.observers import make_observer
 from crqat_fx.quantize.prepared import Calibration, Prepared
 from crqat_fx.trace import Example
@@ -38,17 +39,17 @@ def calibrate(
 ) -> int:
     """Runs `count` samples of the batches of inputs through the graph, and returns how many there were. With `stages` only their quantizers
     are set, by what those of the others, as the phase has them, let through. Phase and mode stay as they were."""
-    if count < 1:
-        raise UserError(f"calibration on {count} pictures", where="--pictures", remedy="give a number from 1")
     everything = prepared.quantizers()
     chosen = {name: each for name, each in prepared.quantizers(stages).items() if each.learns}
     if stages is not None and not chosen:
         raise UserError(f"no quantizer is in {', '.join(stages)}", where="calibration", remedy="name stages of the model")
     returned = _returned(prepared)
     names = {name: _observer(observer, weight=each.weight, returned=name in returned) for name, each in chosen.items()}
+    for module in prepared.graph.modules():
+        if isinstance(module, ConvBn2d) and module.weight_fake_quant in chosen.values():
+            module.uncorrect()  # it was of other ranges
     before = {name: each.enabled for name, each in everything.items()}
     training = prepared.graph.training
-    seen = 0
     try:
         for each in everything.values() if stages is None else chosen.values():
             each.enabled = False
@@ -57,19 +58,13 @@ def calibrate(
             each.observing = True
         prepared.graph.eval()
         with torch.no_grad():
-            for inputs in batches:
-                taken = tuple(tensor[: count - seen] if len(tensor) == len(inputs[0]) else tensor for tensor in inputs)
-                prepared.graph(*taken)
-                seen += len(taken[0])
+            for inputs, seen in first_samples(batches, count):
+                prepared.graph(*inputs)
                 for each in chosen.values():
                     if each.weight:
                         each.observing = False  # a weight is the same for every batch
                 if progress is not None:
-                    progress(min(seen, count), count, "calibrating")
-                if seen >= count:
-                    break
-        if not seen:
-            raise UserError("there was no picture to calibrate on", where="calibration", remedy="give some pictures")
+                    progress(seen, count, "calibrating")
         for name, each in chosen.items():
             _set(name, each.initialise)
             scale, zero = (value.cpu().clone() for value in each.calculate_qparams())
@@ -82,6 +77,21 @@ def calibrate(
         prepared.graph.train(training)
     logger.info("calibrated %d quantizers on %d pictures by %s", len(chosen), seen, observer)
     return seen
+
+
+def first_samples(batches: Iterable[Example], count: int) -> Iterator[tuple[Example, int]]:
+    """The batches of the first `count` samples, the last one cut, and how many samples there have been by then: one at least."""
+    if count < 1:
+        raise UserError(f"calibration on {count} pictures", where="--pictures", remedy="give a number from 1")
+    seen = 0
+    for inputs in batches:
+        taken = tuple(tensor[: count - seen] if len(tensor) == len(inputs[0]) else tensor for tensor in inputs)
+        seen += len(taken[0])
+        yield taken, seen
+        if seen >= count:
+            return
+    if not seen:
+        raise UserError("there was no picture to calibrate on", where="calibration", remedy="give some pictures")
 
 
 def picture_batches(prepared: Prepared, pictures: Iterable[np.ndarray], size: int = 16) -> Iterator[Example]:

@@ -37,7 +37,7 @@ from passes.fx.placement import ACTIVATION, kinds, knows, quantizes
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "crqat-fx prepared", 1
+FORMAT, FORMAT_VERSION = "crqat-fx prepared", 2
 AGAIN = "prepare the model again"
 
 Weights = Literal["only", "average", "raw"]  # of a file that has an average either it or the raw state is loaded
@@ -251,9 +251,8 @@ def saved_in(archive: Archive) -> Saved:
     content: Any = archive.contents
     if content.get("format_version") != FORMAT_VERSION:
         told = content.get("format_version")
-        raise UserError(
-            f"is a prepared model of format {told!r:.20}, and this release reads {FORMAT_VERSION}", where=where, remedy="update"
-        )
+        remedy = AGAIN if isinstance(told, int) and told < FORMAT_VERSION else "update"
+        raise UserError(f"is a prepared model of format {told!r:.20}, and this release reads {FORMAT_VERSION}", where=where, remedy=remedy)
     try:
         return _checked(archive, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
