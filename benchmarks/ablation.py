@@ -33,6 +33,7 @@ from ablation_tables import tables
 
 import crqat_fx
 from crqat_fx.checkpoint import load_model
+from crqat_fx.correct_norms import correct_norms
 from crqat_fx.data.samples import Sample
 from crqat_fx.data.shapes import ShapesSet, ShapesTask
 from crqat_fx.data.shapes_batches import ShapesBatches
@@ -111,8 +112,10 @@ def prepared_for(cell: Cell, model: YoloWorld, task: ShapesTask) -> Prepared:
         stages=cell.settings.get("stages", 2),  # type: ignore[arg-type]
     )  # fmt: skip
     count = int_of(cell, "calibration")
-    pictures = (task.draw("calibration", index).image for index in range(cell.seed * count, (cell.seed + 1) * count))
-    calibrate(prepared, picture_batches(prepared, pictures), str(cell.settings["observer"]), count)
+    drawn = [task.draw("calibration", index).image for index in range(cell.seed * count, (cell.seed + 1) * count)]
+    calibrate(prepared, picture_batches(prepared, drawn), str(cell.settings["observer"]), count)
+    if not cell.trained and cell.settings.get("correct"):  # a training does so as its phases open
+        correct_norms(prepared, picture_batches(prepared, drawn), count)
     return prepared
 
 

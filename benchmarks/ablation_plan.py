@@ -48,6 +48,7 @@ QUICK: Settings = {"steps": 3, "batch": 2, "pictures": 8, "calibration": 4, "eva
 
 FULL_PRECISION = "fp32"
 PTQ = {f"ptq-{observer}": observer for observer in ("minmax", "percentile", "omse")}
+PTQ_CORRECTED = "ptq-omse-correct"
 # a training by its name: what it changes of the protocol. `stages` is of the preparation
 METHODS: Mapping[str, Settings] = {name: {"method": name} for name in ("qat", "cqat", "kd", "cr-qat")}
 TRKD: Mapping[str, Settings] = {
@@ -69,6 +70,13 @@ WHY: Mapping[str, Settings] = {
     "qat-norms": {"method": "qat", "norm": "train", "reestimate": 20},
     "cr-qat-norms": {"method": "cr-qat", "norm": "train", "reestimate": 20},
 }
+# norms corrected as stages are quantized (crqat_fx.correct_norms), and the constant rate given up
+CORRECTED: Mapping[str, Settings] = {
+    "qat-correct": {"method": "qat", "correct": True},
+    "qat-correct-decay": {"method": "qat", "correct": True, "schedule": "linear"},
+    "cr-qat-correct": {"method": "cr-qat", "correct": True},
+    "cr-qat-correct-decay": {"method": "cr-qat", "correct": True, "schedule": "linear"},
+}
 PAST: Mapping[str, Settings] = {
     "qat-decay": {"method": "qat", "schedule": "linear"},
     "kd-decay": {"method": "kd", "schedule": "linear"},
@@ -76,7 +84,7 @@ PAST: Mapping[str, Settings] = {
     "cr-qat-short": {"method": "cr-qat", "shares": (0.1, 0.9)},
     "cr-qat-short-decay": {"method": "cr-qat", "shares": (0.1, 0.9), "schedule": "linear"},
 }
-TRAININGS: Mapping[str, Settings] = {**METHODS, **TRKD, **THREE, **WHY, **PAST}
+TRAININGS: Mapping[str, Settings] = {**METHODS, **TRKD, **THREE, **WHY, **CORRECTED, **PAST}
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,8 @@ TRAINED = (
     *OTHER_SEEDS,
     Block("3-3-8", tuple(METHODS)),
     Block("4-4-8", tuple(METHODS)),
+    *(Block(recipe, (PTQ_CORRECTED,)) for recipe in WIDTHS),
+    Block(HEADLINE, tuple(CORRECTED)),
     Block(HEADLINE, tuple(WHY)),
     Block(HEADLINE, tuple(PAST)),
     Block("4-8-8", ("ptq-omse", "qat", "cr-qat")),
@@ -218,6 +228,8 @@ def cell_of(recipe: str, target: str, variant: str, seed: int, protocol: Setting
         settings: Settings = measured
     elif variant in PTQ:
         settings = {**measured, "calibration": protocol["calibration"], "observer": PTQ[variant]}
+    elif variant == PTQ_CORRECTED:
+        settings = {**measured, "calibration": protocol["calibration"], "observer": protocol["observer"], "correct": True}
     else:
         settings = {**protocol, **TRAININGS[variant]}
     return Cell(f"{recipe}/{target}/{variant}.{seed}", recipe, target, variant, seed, settings)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ablation_plan import (
+    CORRECTED,
     FULL_PRECISION,
     HEADLINE,
     INTEGERS,
@@ -16,6 +17,7 @@ from ablation_plan import (
     PAST,
     PROTOCOL,
     PTQ,
+    PTQ_CORRECTED,
     PUBLISHED,
     THREE,
     TRKD,
@@ -125,13 +127,13 @@ def _sections(results: Mapping[str, Result]) -> Iterator[str]:
     yield from _headline(results)
     full = rows(results, FULL_PRECISION, [FULL_PRECISION])
     for recipe in WIDTHS:
-        found = [*full, *rows(results, recipe, [*PTQ, *METHODS])]
+        found = [*full, *rows(results, recipe, [*PTQ, PTQ_CORRECTED, *METHODS])]
         yield from _section(f"Methods at {recipe}", found, "qat")
     found = rows(results, HEADLINE, ["qat", *TRKD, "cr-qat"])
     yield from _section(f"What TRKD compares, {HEADLINE}", found, "no-trkd")
     yield from _section(f"Two stages and three, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *THREE]), "qat")
     yield from _section(f"Why, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *WHY]), "qat")
-    yield from _section(f"Past the paper, {HEADLINE}", rows(results, HEADLINE, ["qat", "cr-qat", *PAST]), "cr-qat")
+    yield from _section(f"Past the paper, {HEADLINE}", rows(results, HEADLINE, ["qat", "cr-qat", *CORRECTED, *PAST]), "cr-qat")
     for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
         yield from _section(f"Activations a scale per channel, {recipe}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"]), "qat")
     for recipe, target in (("4-8-8", PUBLISHED), ("4-8-8-int", INTEGERS), ("4-4-8", INTEGERS)):
