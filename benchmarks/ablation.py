@@ -114,7 +114,7 @@ def prepared_for(cell: Cell, model: YoloWorld, task: ShapesTask) -> Prepared:
     count = int_of(cell, "calibration")
     drawn = [task.draw("calibration", index).image for index in range(cell.seed * count, (cell.seed + 1) * count)]
     calibrate(prepared, picture_batches(prepared, drawn), str(cell.settings["observer"]), count)
-    if not cell.trained and cell.settings.get("correct"):  # a training does so as its phases open
+    if not cell.trained and cell.settings.get("correct_norms"):  # a training does so as its phases open
         correct_norms(prepared, picture_batches(prepared, drawn), count)
     return prepared
 

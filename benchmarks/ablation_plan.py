@@ -72,10 +72,10 @@ WHY: Mapping[str, Settings] = {
 }
 # norms corrected as stages are quantized (crqat_fx.correct_norms), and the constant rate given up
 CORRECTED: Mapping[str, Settings] = {
-    "qat-correct": {"method": "qat", "correct": True},
-    "qat-correct-decay": {"method": "qat", "correct": True, "schedule": "linear"},
-    "cr-qat-correct": {"method": "cr-qat", "correct": True},
-    "cr-qat-correct-decay": {"method": "cr-qat", "correct": True, "schedule": "linear"},
+    "qat-correct": {"method": "qat", "correct_norms": True},
+    "qat-correct-decay": {"method": "qat", "correct_norms": True, "schedule": "linear"},
+    "cr-qat-correct": {"method": "cr-qat", "correct_norms": True},
+    "cr-qat-correct-decay": {"method": "cr-qat", "correct_norms": True, "schedule": "linear"},
 }
 PAST: Mapping[str, Settings] = {
     "qat-decay": {"method": "qat", "schedule": "linear"},
@@ -229,7 +229,7 @@ def cell_of(recipe: str, target: str, variant: str, seed: int, protocol: Setting
     elif variant in PTQ:
         settings = {**measured, "calibration": protocol["calibration"], "observer": PTQ[variant]}
     elif variant == PTQ_CORRECTED:
-        settings = {**measured, "calibration": protocol["calibration"], "observer": protocol["observer"], "correct": True}
+        settings = {**measured, "calibration": protocol["calibration"], "observer": protocol["observer"], "correct_norms": True}
     else:
         settings = {**protocol, **TRAININGS[variant]}
     return Cell(f"{recipe}/{target}/{variant}.{seed}", recipe, target, variant, seed, settings)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from crqat_fx.bench import BenchSettings, bench
     from crqat_fx.checkpoint import load_model as load
     from crqat_fx.checkpoint import read_checkpoint, write_checkpoint
+    from crqat_fx.correct_norms import correct_norms
     from crqat_fx.cost import cost
     from crqat_fx.data.opening import open_evaluation, open_pictures
     from crqat_fx.data.shapes import ShapesSet, ShapesTask
@@ -61,6 +62,7 @@ _API = {
     "build": "models.yolo_world.build",
     "calibrate": "quantize.calibrate.calibrate",
     "closing_table": "findings.closing_table",
+    "correct_norms": "correct_norms.correct_norms",
     "cost": "cost.cost",
     "decode_boxes": "models.yolo_world.decode_boxes",
     "detect_pictures": "detect.detect_pictures",
@@ -107,6 +109,7 @@ __all__ = [
     "build",
     "calibrate",
     "closing_table",
+    "correct_norms",
     "cost",
     "decode_boxes",
     "detect_pictures",

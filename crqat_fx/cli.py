@@ -783,6 +783,14 @@ def train(
     norm: Annotated[
         str | None, typer.Option(help="statistics of the norms that are trained: train or frozen  [default: train]", show_default=False)
     ] = None,
+    correct_norms: Annotated[
+        bool | None,
+        typer.Option(
+            "--correct-norms",
+            help="give layers their channels' float means and deviations back as they are quantized; with --norm frozen",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[int | None, typer.Option(help="picture size  [default: the prepared model's]", show_default=False)] = None,
     texts: TrainTexts = None,
     pictures: DrawnPictures = None,
@@ -790,6 +798,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help="pictures a batch, over all processes  [default: 16]", show_default=False)] = None,
     accumulate: Accumulate = None,
     rate: Annotated[float | None, typer.Option(help="learning rate  [default: 0.0002]", show_default=False)] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant or linear  [default: constant]", show_default=False)] = None,
     precision: Precision = None,
     device: Device = None,
     threads: Threads = None,
@@ -815,9 +824,9 @@ def train(
     from crqat_fx.train import settings_of
 
     flags = _given(
-        teacher=teacher, data=data, method=method, relations=relations, norm=norm, size=size, texts=texts, pictures=pictures, steps=steps,
-        batch=batch, accumulate=accumulate, rate=rate, precision=precision, device=device, threads=threads, workers=workers, seed=seed,
-        log_every=log_every, save_every=save_every, ap_pictures=ap_pictures,
+        teacher=teacher, data=data, method=method, relations=relations, norm=norm, correct_norms=correct_norms, size=size, texts=texts,
+        pictures=pictures, steps=steps, batch=batch, accumulate=accumulate, rate=rate, schedule=schedule, precision=precision, device=device,
+        threads=threads, workers=workers, seed=seed, log_every=log_every, save_every=save_every, ap_pictures=ap_pictures,
     )  # fmt: skip
     carried = settings_of(out) if resume else {"size": read_saved(prepared).size}
     resolved = resolve(QatSettings, flags, config, carried)

@@ -42,7 +42,9 @@ class Phase:
     share: float = 1.0  # of the steps
     recalibrate: bool = True  # stages that the phase quantizes anew get their ranges from the student as it is when the phase opens
     ema: float = EMA  # how far back the average looks, as a share of the phase; it starts again with the phase
-    correct: bool = False  # stages that the phase quantizes anew get their channels' means and deviations back (`crqat_fx.correct_norms`)
+    correct_norms: bool = (
+        False  # stages that the phase quantizes anew get their channels' means and deviations back (`crqat_fx.correct_norms`)
+    )
 
     def __post_init__(self) -> None:
         for name in self.losses:
@@ -52,7 +54,7 @@ class Phase:
             raise _wrong(f"the losses {', '.join(self.losses) or 'of a phase'} lack {TASK!r}", f"add {TASK}")
         if self.norm not in get_args(Norm):
             raise _wrong(f"norm is {self.norm!r}", f"give {' or '.join(get_args(Norm))}")
-        if self.correct and self.norm != "frozen":
+        if self.correct_norms and self.norm != "frozen":
             raise _wrong("norms are corrected whose statistics are trained, and would correct themselves", "give norm: frozen")
         if not 0 < self.share <= 1:
             raise _wrong(f"share is {self.share}", "give a number above 0, at most 1")
@@ -72,7 +74,7 @@ def curriculum(
     norm: Norm = "train",
     recalibrate: bool = True,
     ema: float = EMA,
-    correct: bool = False,
+    correct_norms: bool = False,
     shares: Sequence[float] | None = None,
 ) -> tuple[Phase, ...]:
     """The phases of a published method for a model of these stages, in the order of the data."""
@@ -93,7 +95,7 @@ def curriculum(
     for end, share in zip(ends, parts, strict=True):
         units = tuple(stages[:end])
         losses = (TASK, *_teaching(stages, end, neck_features)) if taught else (TASK,)
-        phases.append(Phase(units, units, norm, losses, share, recalibrate, ema, correct))
+        phases.append(Phase(units, units, norm, losses, share, recalibrate, ema, correct_norms))
     return tuple(phases)
 
 

@@ -116,7 +116,7 @@ class QatSettings(LoopSettings, DataSettings):
     shares: tuple[float, ...] | None = None  # of the steps, one a phase; None takes the published
     norm: Norm = "train"
     recalibrate: bool = True
-    correct: bool = False  # norms of stages as they are quantized; frozen ones
+    correct_norms: bool = False  # norms of stages as they are quantized; frozen ones
     ema: float = EMA
     phases: tuple[Any, ...] | None = None  # mappings of a phase's fields, in place of the method's
     quantizer_rate: float = 0.1  # share of the rate, of scales and zero points
@@ -155,7 +155,7 @@ class QatSettings(LoopSettings, DataSettings):
             norm=self.norm,
             recalibrate=self.recalibrate,
             ema=self.ema,
-            correct=self.correct,
+            correct_norms=self.correct_norms,
             shares=self.shares,
         )
 
@@ -312,7 +312,7 @@ class QatCourse(Course):
         with autocast(self.settings, self.device):
             if index and stages and phase.recalibrate:
                 calibrate(self.prepared, self._examples(state.step), self.settings.observer, count, stages=stages)
-            if stages and phase.correct:
+            if stages and phase.correct_norms:
                 correct_norms(self.prepared, self._examples(state.step), count, stages=stages)
         if phase.norm == "train":
             uncorrect_norms(self.prepared, phase.trained)

@@ -338,7 +338,7 @@ def test_a_phase_sets_the_ranges_of_the_stages_it_quantizes_on_the_student_as_it
 
 def test_a_phase_corrects_the_norms_of_the_stages_it_quantizes_where_that_is_asked_for(coarse: Path) -> None:
     prepared = fresh(coarse)
-    course, state = course_of(prepared, replace(SETTINGS, correct=True, norm="frozen"))
+    course, state = course_of(prepared, replace(SETTINGS, correct_norms=True, norm="frozen"))
     own = {stage: set(correctable(prepared, [stage]).values()) for stage in (BACKBONE, NECK_HEAD)}
     assert all(own.values())
 
@@ -369,7 +369,7 @@ def test_corrected_norms_whose_statistics_are_trained_are_given_up(coarse: Path)
 
 
 def test_a_corrected_run_resumed_ends_in_the_same_bits(tmp_path: Path, coarse: Path) -> None:
-    settings = replace(SETTINGS, correct=True, norm="frozen")
+    settings = replace(SETTINGS, correct_norms=True, norm="frozen")
     train_prepared(fresh(coarse), Rectangles(), settings, tmp_path / "straight", teacher=teacher())
     train_prepared(fresh(coarse), Rectangles(), settings, tmp_path / "stopped", teacher=teacher(), progress=stop_after(3))
     train_prepared(fresh(coarse), Rectangles(), settings, tmp_path / "stopped", teacher=teacher(), resume=True)
