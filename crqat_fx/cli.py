@@ -825,8 +825,8 @@ def train(
 
     flags = _given(
         teacher=teacher, data=data, method=method, relations=relations, norm=norm, correct_norms=correct_norms, size=size, texts=texts,
-        pictures=pictures, steps=steps, batch=batch, accumulate=accumulate, rate=rate, schedule=schedule, precision=precision, device=device,
-        threads=threads, workers=workers, seed=seed, log_every=log_every, save_every=save_every, ap_pictures=ap_pictures,
+        pictures=pictures, steps=steps, batch=batch, accumulate=accumulate, rate=rate, schedule=schedule, precision=precision,
+        device=device, threads=threads, workers=workers, seed=seed, log_every=log_every, save_every=save_every, ap_pictures=ap_pictures,
     )  # fmt: skip
     carried = settings_of(out) if resume else {"size": read_saved(prepared).size}
     resolved = resolve(QatSettings, flags, config, carried)
