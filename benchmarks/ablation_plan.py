@@ -61,8 +61,10 @@ THREE: Mapping[str, Settings] = {
     "cr-qat-3": {"method": "cr-qat", "stages": 3},
     "cr-qat-3-neck": {"method": "cr-qat", "stages": 3, "neck_features": True},
 }
-# why does the order show, or not? A second stage as long as all of QAT; the others as long as that; ranges kept; norms that move
+# why does the order show, or not? Another rate; a second stage as long as all of QAT, the others as long as that; ranges kept; norms that move
 WHY: Mapping[str, Settings] = {
+    "qat-slow": {"method": "qat", "rate": 5e-4},
+    "cr-qat-slow": {"method": "cr-qat", "rate": 5e-4},
     "cqat-300": {"method": "cqat", "steps": 300},
     "qat-300": {"method": "qat", "steps": 300},
     "cr-qat-300": {"method": "cr-qat", "steps": 300},
