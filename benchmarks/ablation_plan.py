@@ -61,7 +61,7 @@ THREE: Mapping[str, Settings] = {
     "cr-qat-3": {"method": "cr-qat", "stages": 3},
     "cr-qat-3-neck": {"method": "cr-qat", "stages": 3, "neck_features": True},
 }
-# why does the order show, or not? Another rate; a second stage as long as all of QAT, the others as long as that; ranges kept; norms that move
+# why does the order show, or not? Another rate; a second stage as long as all of QAT, the others as long; ranges kept; norms that move
 WHY: Mapping[str, Settings] = {
     "qat-slow": {"method": "qat", "rate": 5e-4},
     "cr-qat-slow": {"method": "cr-qat", "rate": 5e-4},

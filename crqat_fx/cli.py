@@ -698,7 +698,7 @@ def prepare(
     correct_norms: Annotated[
         bool | None,
         typer.Option(
-            "--correct-norms",
+            "--correct-norms/--keep-norms",
             help="give quantized layers their channels' float means and deviations back: much AP at 4 bits and fewer, without training",
             show_default=False,
         ),
@@ -757,6 +757,8 @@ def prepare(
         if rows:
             console.show(console.table(title, list(rows[0]), [list(row.values()) for row in rows]))
     console.note(f"prepared: {out}" + ("" if prepared.calibrated else "; give --calibrate to set the ranges of its quantizers"))
+    if settings.correct_norms:
+        console.note(f"norms corrected: {corrected}" + ("" if corrected else "; no convolution has a norm and a scale for each channel"))
 
 
 @app.command()
@@ -786,7 +788,7 @@ def train(
     correct_norms: Annotated[
         bool | None,
         typer.Option(
-            "--correct-norms",
+            "--correct-norms/--keep-norms",
             help="give layers their channels' float means and deviations back as they are quantized; with --norm frozen",
             show_default=False,
         ),

@@ -42,9 +42,7 @@ class Phase:
     share: float = 1.0  # of the steps
     recalibrate: bool = True  # stages that the phase quantizes anew get their ranges from the student as it is when the phase opens
     ema: float = EMA  # how far back the average looks, as a share of the phase; it starts again with the phase
-    correct_norms: bool = (
-        False  # stages that the phase quantizes anew get their channels' means and deviations back (`crqat_fx.correct_norms`)
-    )
+    correct_norms: bool = False  # stages that the phase quantizes anew get their channels' float means and deviations back
 
     def __post_init__(self) -> None:
         for name in self.losses:
@@ -55,7 +53,9 @@ class Phase:
         if self.norm not in get_args(Norm):
             raise _wrong(f"norm is {self.norm!r}", f"give {' or '.join(get_args(Norm))}")
         if self.correct_norms and self.norm != "frozen":
-            raise _wrong("norms are corrected whose statistics are trained, and would correct themselves", "give norm: frozen")
+            raise _wrong(
+                "norms are corrected whose statistics are trained, and would correct themselves", "give norm: frozen, or --norm frozen"
+            )
         if not 0 < self.share <= 1:
             raise _wrong(f"share is {self.share}", "give a number above 0, at most 1")
         if not 0 <= self.ema <= 1:

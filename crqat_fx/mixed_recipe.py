@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from crqat_fx.correct_norms import correct_norms, correctable
 from crqat_fx.cost import Cost, Measurement, measure, price
 from crqat_fx.data.samples import EvaluationSet
 from crqat_fx.errors import UserError
@@ -156,11 +157,14 @@ def propose(
     left = budget.exact - sum(spent.values())
     _check_possible(budget, left, more, candidates)
     set_by = observer or _observer(prepared)
+    corrected = any(layer.corrected for layer in correctable(prepared).values())  # then so is every other, to be fair
     shown = FirstPictures(dataset, pictures)
 
     def calibrated(recipe: QuantRecipe, part: int, what: str) -> Prepared:
         made = _prepared_by(prepared, model, recipe)
         calibrate(made, picture_batches(made, calibration()), set_by, calibrated_on, progress=_part(progress, part, parts, what))
+        if corrected:
+            correct_norms(made, picture_batches(made, calibration()), calibrated_on)
         return made
 
     def noise_in(made: Prepared, part: int, what: str) -> dict[str, float]:

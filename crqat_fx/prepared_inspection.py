@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.fx import Node
 
+from crqat_fx.correct_norms import correctable
 from crqat_fx.graph_view import GraphView, view
 from crqat_fx.models.yolo_world import size_of
 from crqat_fx.noise import EXACT, Noise
@@ -145,6 +146,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "vocabulary": None if vocabulary is None else {"count": len(vocabulary.names), "first": list(vocabulary.names[:NAMES_SHOWN])},
         "weights": prepared.weights,
         "calibrated": prepared.calibrated,
+        "corrected": sum(layer.corrected for layer in correctable(prepared).values()),
         "phase": {"quantized": list(phase.quantized), "trained": list(phase.trained), "norm": phase.norm},
     }
 
@@ -267,6 +269,7 @@ def summary(report: PreparedReport) -> dict[str, str]:
         "quantized": _listed(phase["quantized"]),
         "trained": f"{_listed(phase['trained'])} (norms: {phase['norm']})",
         "ranges": "set" if facts["calibrated"] else "not set: prepare it with --calibrate",
+        "norms": f"{facts['corrected']} corrected" if facts["corrected"] else "as they were",
         "weights": {"only": "as they are", "average": "the average of a training", "raw": "the last of a training"}[facts["weights"]],
         "recipe": "; ".join(_rule(each) for each in facts["recipe"]["rules"]),
     }

@@ -34,7 +34,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from crqat_fx.assign import assign
 from crqat_fx.checkpoint import load_model
-from crqat_fx.correct_norms import correct_norms, uncorrect_norms
+from crqat_fx.correct_norms import correct_norms, correctable, uncorrect_norms
 from crqat_fx.curriculum import (
     BACKBONE_FEATURES,
     EMA,
@@ -309,13 +309,15 @@ class QatCourse(Course):
         self.prepared.set_phase(phase)
         stages = newly_quantized(self.phases, index)
         count = self.settings.calibration
+        if phase.norm == "train" and uncorrect_norms(self.prepared, phase.trained):
+            logger.warning("step %d: norms that had been corrected are trained from what they were: they correct themselves", state.step)
+        # a correction is of the ranges that are there: with new ones it is made again
+        corrected = any(layer.corrected for layer in correctable(self.prepared, stages).values())
         with autocast(self.settings, self.device):
             if index and stages and phase.recalibrate:
                 calibrate(self.prepared, self._examples(state.step), self.settings.observer, count, stages=stages)
-            if stages and phase.correct_norms:
+            if stages and (phase.correct_norms or (corrected and index)):
                 correct_norms(self.prepared, self._examples(state.step), count, stages=stages)
-        if phase.norm == "train":
-            uncorrect_norms(self.prepared, phase.trained)
         self.processes.share(self.model)
         self._set(index)
         for parameter in self.model.parameters():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crqat_fx import ShapesTask, load_prepared
 from crqat_fx.checkpoint import load_model
-from crqat_fx.correct_norms import LARGEST, correct_norms, correctable, uncorrect_norms
+from crqat_fx.correct_norms import CONSTANT, LARGEST, Moments, correct_norms, correctable, uncorrect_norms
 from crqat_fx.curriculum import Phase
 from crqat_fx.data.shapes import ShapesSet
 from crqat_fx.errors import UserError
@@ -32,7 +32,15 @@ COUNT = 8
 
 
 def coarse() -> Prepared:
-    return calibrated_pico("3-3-8", "conv-inputs")
+    """With norms as of a trained model: their own scales and biases too."""
+    prepared = calibrated_pico("3-3-8", "conv-inputs")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in correctable(prepared).values():
+            layer.bn.weight.copy_(0.5 + torch.rand(layer.bn.weight.shape, generator=generator))
+            layer.bn.bias.copy_(0.2 * torch.randn(layer.bn.bias.shape, generator=generator))
+    calibrate(prepared, batches(prepared, 4, 4), "minmax", 4)
+    return prepared
 
 
 def batches(prepared: Prepared, count: int = COUNT, size: int = COUNT) -> Iterator[tuple[Tensor, ...]]:
@@ -113,17 +121,31 @@ def test_in_float_the_model_is_what_it_was() -> None:
         assert torch.equal(one, other)
 
 
-def test_batches_add_up_and_no_more_are_read_than_needed() -> None:
-    """Sizes of batches change what a layer reads while it is measured, a little; the count of pictures is what was asked for."""
-    whole, parts = coarse(), coarse()
+@pytest.mark.parametrize("parts", [(4, 4), (5, 2, 1)])
+def test_moments_of_batches_add_up_to_those_of_all(parts: tuple[int, ...]) -> None:
+    values = torch.randn(8, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3, 0.0]).view(3, 1, 1) + 10
+    whole = Moments.of(values)
+    first, *others = map(Moments.of, values.split(parts))
+    found = sum(others, start=first)
+    assert found.count == whole.count == 8 * 35
+    torch.testing.assert_close(found.mean, values.double().mean((0, 2, 3)))
+    torch.testing.assert_close(found.variance, values.double().var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-13)
+    assert found.variance[2] <= CONSTANT * found.mean[2].square()
+
+
+def test_every_batch_counts_and_no_more_are_read_than_needed() -> None:
+    parts, first, last = coarse(), coarse(), coarse()
     told: list[tuple[int, int, str]] = []
-    correct_norms(whole, batches(whole), COUNT)
     source = batches(parts, 2 * COUNT, COUNT // 2)
     correct_norms(parts, source, COUNT, progress=lambda *each: told.append(each))
     assert told == [(4, COUNT, "correcting norms"), (8, COUNT, "correcting norms")]
     assert len(list(source)) == 2
-    ratios = [torch.cat([layer.ratio for layer in correctable(each).values()]) for each in (whole, parts)]
-    assert float((ratios[0] / ratios[1]).log().abs().mean()) < 0.1
+    for alone, batch in zip((first, last), batches(first, COUNT, COUNT // 2), strict=True):
+        correct_norms(alone, [batch], COUNT // 2)
+    ratios = [torch.cat([layer.ratio for layer in correctable(each).values()]).log() for each in (parts, first, last)]
+    between = (ratios[1] + ratios[2]) / 2
+    for alone in ratios[1:]:
+        assert float((ratios[0] - between).abs().mean()) < 0.5 * float((alone - between).abs().mean())
 
 
 def test_a_stage_alone_is_corrected_on_what_the_one_before_it_gives() -> None:
@@ -159,6 +181,8 @@ def test_it_can_be_undone() -> None:
     correct_norms(prepared, batches(prepared), COUNT)
     uncorrect_norms(prepared, [BACKBONE, NECK_HEAD])
     assert not any(layer.corrected for layer in correctable(prepared).values())
+    for name, quantizer in prepared.quantizers().items():
+        torch.testing.assert_close(prepared.calibrations[name].scale, quantizer.scale.detach(), msg=name)
     for one, other in zip(outputs(prepared), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
@@ -176,16 +200,24 @@ def test_a_channel_that_rounding_emptied_is_shifted_and_the_ratio_is_bounded() -
     node, layer = next(iter(correctable(prepared).items()))
     assert layer.weight_fake_quant is not None
     with torch.no_grad():
-        layer.weight_fake_quant.log_scale[0] += 3.0  # its codes are all 0 now
-        layer.weight_fake_quant.log_scale[1] -= 4.0  # its values are a fiftieth of what they were
-    wanted = in_float(prepared)[str(node.target)]
-    correct_norms(prepared, batches(prepared), COUNT)
-    assert layer.ratio[0] == 1
+        layer.weight_fake_quant.log_scale.add_(3.0)  # its codes are all 0 now
+        layer.weight_fake_quant.log_scale[1] -= 7.0  # but these, a fiftieth of what they were
+    wanted = in_float(prepared)[str(node.target)][0]
+    correct_norms(prepared, batches(prepared, COUNT, 3), COUNT)
+    others = torch.arange(len(wanted)) != 1
+    assert (layer.ratio[others] == 1).all()
     assert layer.ratio[1] == LARGEST
     step = layer.step()
     assert step is not None
-    half = float(step * layer.weight_scale(None)[0]) / 2  # to which its bias is rounded
-    assert moments(prepared)[str(node.target)][0][0] == pytest.approx(float(wanted[0][0]), abs=1.01 * half)
+    half = (step * layer.weight_scale(None)).detach() / 2  # to which its bias is rounded
+    assert ((moments(prepared)[str(node.target)][0] - wanted).abs() <= 1.01 * half)[others].all()
+
+
+def test_what_a_phase_leaves_float_is_left_alone() -> None:
+    prepared = coarse()
+    prepared.set_phase(Phase((BACKBONE,), (BACKBONE, NECK_HEAD)))
+    assert correct_norms(prepared, batches(prepared), COUNT) == len(correctable(prepared, [BACKBONE]))
+    assert not any(layer.corrected for layer in correctable(prepared, [NECK_HEAD]).values())
 
 
 def test_a_weight_with_one_scale_for_all_channels_cannot_follow_and_is_left_alone() -> None:
@@ -201,17 +233,24 @@ def test_a_weight_with_one_scale_for_all_channels_cannot_follow_and_is_left_alon
 
 def test_mistakes_are_told() -> None:
     prepared = coarse()
-    with pytest.raises(UserError, match="there was no picture"):
-        correct_norms(prepared, [])
-    with pytest.raises(UserError, match="on 0 pictures"):
-        correct_norms(prepared, batches(prepared), 0)
+    correct_norms(prepared, batches(prepared), COUNT)
+    before = outputs(prepared)
+    for wrong, count, what in (([], COUNT, "there was no picture"), (batches(prepared), 0, "on 0 pictures")):
+        with pytest.raises(UserError, match=what):
+            correct_norms(prepared, wrong, count)
+        with pytest.raises(UserError, match=what):
+            calibrate(prepared, wrong, "minmax", count)
+        for one, other in zip(outputs(prepared), before, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     torch.manual_seed(0)
     plain = prepare(load_model("pico-v1")[0], None, "3-3-8", "conv-inputs", vocabulary=ShapesTask().vocabulary, size=SIZE)
     with pytest.raises(UserError, match="no scale yet"):
         correct_norms(plain, batches(plain))
-    next(iter(prepared.graph.parameters())).data.fill_(math.nan)
+    uncorrect_norms(prepared, [BACKBONE, NECK_HEAD])
+    list(correctable(prepared).values())[3].weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
         correct_norms(prepared, batches(prepared), COUNT)
+    assert not any(layer.corrected for layer in correctable(prepared).values())
 
 
 def test_it_brings_back_what_three_bits_took_from_a_trained_model() -> None:

@@ -39,15 +39,13 @@ def calibrate(
 ) -> int:
     """Runs `count` samples of the batches of inputs through the graph, and returns how many there were. With `stages` only their quantizers
     are set, by what those of the others, as the phase has them, let through. Phase and mode stay as they were."""
+    _check_count(count)
     everything = prepared.quantizers()
     chosen = {name: each for name, each in prepared.quantizers(stages).items() if each.learns}
     if stages is not None and not chosen:
         raise UserError(f"no quantizer is in {', '.join(stages)}", where="calibration", remedy="name stages of the model")
     returned = _returned(prepared)
     names = {name: _observer(observer, weight=each.weight, returned=name in returned) for name, each in chosen.items()}
-    for module in prepared.graph.modules():
-        if isinstance(module, ConvBn2d) and module.weight_fake_quant in chosen.values():
-            module.uncorrect()  # it was of other ranges
     before = {name: each.enabled for name, each in everything.items()}
     training = prepared.graph.training
     try:
@@ -65,6 +63,9 @@ def calibrate(
                         each.observing = False  # a weight is the same for every batch
                 if progress is not None:
                     progress(seen, count, "calibrating")
+        for module in prepared.graph.modules():
+            if isinstance(module, ConvBn2d) and module.weight_fake_quant in chosen.values():
+                module.uncorrect()  # it was of other ranges
         for name, each in chosen.items():
             _set(name, each.initialise)
             scale, zero = (value.cpu().clone() for value in each.calculate_qparams())
@@ -81,8 +82,7 @@ def calibrate(
 
 def first_samples(batches: Iterable[Example], count: int) -> Iterator[tuple[Example, int]]:
     """The batches of the first `count` samples, the last one cut, and how many samples there have been by then: one at least."""
-    if count < 1:
-        raise UserError(f"calibration on {count} pictures", where="--pictures", remedy="give a number from 1")
+    _check_count(count)
     seen = 0
     for inputs in batches:
         taken = tuple(tensor[: count - seen] if len(tensor) == len(inputs[0]) else tensor for tensor in inputs)
@@ -92,6 +92,11 @@ def first_samples(batches: Iterable[Example], count: int) -> Iterator[tuple[Exam
             return
     if not seen:
         raise UserError("there was no picture to calibrate on", where="calibration", remedy="give some pictures")
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise UserError(f"calibration on {count} pictures", where="--pictures", remedy="give a number from 1")
 
 
 def picture_batches(prepared: Prepared, pictures: Iterable[np.ndarray], size: int = 16) -> Iterator[Example]:
