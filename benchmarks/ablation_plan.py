@@ -219,7 +219,7 @@ def _tuned(tuning: Tuning, settings: Settings, candidate: Settings, seed: int, r
 def quick_cells() -> list[Cell]:
     """One tiny cell of each kind."""
     protocol = {**PROTOCOL, **QUICK}
-    kinds = ((FULL_PRECISION, FULL_PRECISION), (HEADLINE, "ptq-omse"), (HEADLINE, "qat"), (HEADLINE, "cr-qat-3-neck"))
+    kinds = [(FULL_PRECISION, FULL_PRECISION), *((HEADLINE, name) for name in (PTQ_CORRECTED, "qat", "cr-qat-3-neck", "qat-correct"))]
     return [cell_of(recipe, PUBLISHED, variant, SEEDS[0], protocol) for recipe, variant in kinds]
 
 

@@ -134,6 +134,7 @@ def _sections(results: Mapping[str, Result]) -> Iterator[str]:
     yield from _section(f"Two stages and three, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *THREE]), "qat")
     yield from _section(f"Why, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *WHY]), "qat")
     yield from _section(f"Past the paper, {HEADLINE}", rows(results, HEADLINE, ["qat", "cr-qat", *CORRECTED, *PAST]), "cr-qat")
+    yield from _corrections(results)
     for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
         yield from _section(f"Activations a scale per channel, {recipe}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"]), "qat")
     for recipe, target in (("4-8-8", PUBLISHED), ("4-8-8-int", INTEGERS), ("4-4-8", INTEGERS)):
@@ -162,7 +163,7 @@ def _tuning(results: Mapping[str, Result]) -> Iterator[str]:
 
 
 def _headline(results: Mapping[str, Result]) -> Iterator[str]:
-    """Whether each width is one at which the question is asked: PTQ under a tenth of full precision, QAT under 60% of it."""
+    """Is a width one at which the question is asked: PTQ as the paper has it under a tenth of full precision, QAT under 60% of it?"""
     full = rows(results, FULL_PRECISION, [FULL_PRECISION])
     lines = []
     for recipe in WIDTHS if full else ():
@@ -175,6 +176,21 @@ def _headline(results: Mapping[str, Result]) -> Iterator[str]:
         lines.append(f"| {recipe} | {' | '.join(shares)} |")
     if lines:
         yield from ("## AP as a share of full precision", "", "| recipe | best PTQ | QAT |", "|---|---|---|", *lines, "")
+
+
+def _corrections(results: Mapping[str, Result]) -> Iterator[str]:
+    """What correcting norms does, beside the same without."""
+    pairs = [(HEADLINE, f"{name}-correct{decay}", f"{name}{decay}") for name in ("qat", "cr-qat") for decay in ("", "-decay")]
+    pairs = [*((recipe, PTQ_CORRECTED, "ptq-omse") for recipe in WIDTHS), *pairs]
+    lines = []
+    for recipe, with_it, without in pairs:
+        own, other = rows(results, recipe, [with_it]), rows(results, recipe, [without])
+        count = len(own[0].runs.keys() & other[0].runs.keys()) if own and other else 0
+        if count:
+            differences = [_marked(own[0].difference(other[0], ap(group)), 1) for group in GROUPS]
+            lines.append(f"| {recipe}: {with_it} less {without} | {count} | {' | '.join(differences)} |")
+    if lines:
+        yield from ("## What correcting norms does", "", *_head(["", "n", *(f"AP {name}" for name in GROUPS.values())]), *lines, "")
 
 
 def _section(title: str, found: list[Row], reference: str) -> Iterator[str]:

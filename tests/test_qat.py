@@ -358,6 +358,20 @@ def test_a_phase_corrects_the_norms_of_the_stages_it_quantizes_where_that_is_ask
     assert_same(state.average.state(), snapshot(prepared.graph), "average")
 
 
+def test_what_was_corrected_before_is_corrected_anew_where_its_ranges_are_set_anew(coarse: Path) -> None:
+    prepared = fresh(coarse)
+    correct_norms(prepared, ((batch.images / 255, batch.text) for batch in map(Rectangles(4).at, range(2))), 4)
+    course, state = course_of(prepared, replace(SETTINGS, norm="frozen"))
+    course.open(state)
+    own = list(correctable(prepared, [NECK_HEAD]).values())
+    before = [layer.ratio.clone() for layer in own]
+    for step in range(2):
+        take_step(state, [Rectangles().at(step)])
+    course.open(state)
+    assert any(layer.corrected for layer in own)
+    assert not all(torch.equal(layer.ratio, ratio) for layer, ratio in zip(own, before, strict=True))
+
+
 def test_corrected_norms_whose_statistics_are_trained_are_given_up(coarse: Path) -> None:
     prepared = fresh(coarse)
     assert correct_norms(prepared, ((batch.images / 255, batch.text) for batch in map(Rectangles(4).at, range(2))), 4)
