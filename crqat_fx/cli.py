@@ -777,13 +777,20 @@ def train(
     data: Annotated[str | None, typer.Option(help="a data.yaml; or shapes, the drawn task  [default: shapes]", show_default=False)] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="cr-qat: stage by stage, taught; cqat: stage by stage; kd: taught; qat  [default: cr-qat]", show_default=False),
+        typer.Option(
+            help="cr-qat: stage by stage, taught; cqat: stage by stage; kd: taught; qat; cr-qat-plus: cr-qat, norms frozen and corrected, "
+            "the rate decaying  [default: cr-qat]",
+            show_default=False,
+        ),
     ] = None,
     relations: Annotated[
         str | None, typer.Option(help="what TRKD compares: full, region-text, region-region, none  [default: full]", show_default=False)
     ] = None,
     norm: Annotated[
-        str | None, typer.Option(help="statistics of the norms that are trained: train or frozen  [default: train]", show_default=False)
+        str | None,
+        typer.Option(
+            help="statistics of the norms that are trained: train or frozen  [default: train, or the method's]", show_default=False
+        ),
     ] = None,
     correct_norms: Annotated[
         bool | None,
@@ -800,7 +807,9 @@ def train(
     batch: Annotated[int | None, typer.Option(help="pictures a batch, over all processes  [default: 16]", show_default=False)] = None,
     accumulate: Accumulate = None,
     rate: Annotated[float | None, typer.Option(help="learning rate  [default: 0.0002]", show_default=False)] = None,
-    schedule: Annotated[str | None, typer.Option(help="constant or linear  [default: constant]", show_default=False)] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant or linear  [default: constant, or the method's]", show_default=False)
+    ] = None,
     precision: Precision = None,
     device: Device = None,
     threads: Threads = None,

@@ -1,10 +1,13 @@
 """Which stages are quantized, trained and taught, and when: a training is a list of phases, and a phase is data.
 
-    method    phases                                   losses
-    qat       everything at once                       the task's
-    kd        everything at once                       the task's, every stage taught by the teacher
-    cqat      stage k quantizes and trains 1 .. k      the task's
-    cr-qat    the same                                 the task's, stages 1 .. k taught
+    method         phases                                   losses
+    qat            everything at once                       the task's
+    kd             everything at once                       the task's, every stage taught by the teacher
+    cqat           stage k quantizes and trains 1 .. k      the task's
+    cr-qat         the same                                 the task's, stages 1 .. k taught
+    cr-qat-plus    the same                                 the same; norms frozen, and corrected as stages are quantized; the rate decays
+
+The last is none of the paper's: what `benchmarks/results/ablation.md` found beyond it.
 
 What lies behind the stages of a phase stays in full precision, and frozen. A stage that has been taught once is taught on.
 
@@ -22,11 +25,12 @@ from typing import Any, Literal, get_args
 
 from crqat_fx.errors import UserError
 
-Method = Literal["cr-qat", "qat", "cqat", "kd"]
+Method = Literal["cr-qat", "cr-qat-plus", "qat", "cqat", "kd"]
 Norm = Literal["train", "frozen"]
 
 TASK, BACKBONE_FEATURES, NECK_FEATURES, RELATIONS = "task", "pkd", "neck-pkd", "trkd"
 LOSSES = (TASK, BACKBONE_FEATURES, NECK_FEATURES, RELATIONS)
+BY_STAGES, TAUGHT = ("cr-qat", "cr-qat-plus", "cqat"), ("cr-qat", "cr-qat-plus", "kd")  # methods
 SHARES: Mapping[int, tuple[float, ...]] = {1: (1.0,), 2: (1 / 3, 2 / 3), 3: (1 / 3, 1 / 3, 1 / 3)}  # of the steps; two are published
 EMA = 0.1
 
@@ -80,14 +84,14 @@ def curriculum(
     """The phases of a published method for a model of these stages, in the order of the data."""
     if method not in get_args(Method):
         raise UserError(f"unknown method {method!r}", where="--method", remedy=f"choose among {', '.join(get_args(Method))}")
-    if neck_features and (len(stages) != 3 or method not in ("cr-qat", "kd")):
+    if neck_features and (len(stages) != 3 or method not in TAUGHT):
         raise UserError(
             "neck features are taught where a curriculum has three stages and a teacher",
             where="neck_features",
             remedy="prepare the model with --stages 3 and train it with cr-qat or kd, or leave it out",
         )
-    taught = method in ("cr-qat", "kd")
-    ends = range(1, len(stages) + 1) if method in ("cr-qat", "cqat") else (len(stages),)
+    taught = method in TAUGHT
+    ends = range(1, len(stages) + 1) if method in BY_STAGES else (len(stages),)
     parts = SHARES.get(len(ends)) if shares is None else tuple(shares)
     if parts is None or len(parts) != len(ends):
         raise UserError(f"{len(parts or ())} shares for {len(ends)} phases", where="shares", remedy="give one for each phase")

@@ -93,6 +93,8 @@ logger = logging.getLogger(__name__)
 STARTED, PREPARED = "started.pt", "prepared.pt"
 TAPPED = {BACKBONE_FEATURES: 0, NECK_FEATURES: 1}  # losses of features, and the stage whose they are
 Scored = tuple[EvaluationSet, Vocabulary | None]  # a set, and the texts it is scored under; None takes the model's own
+OF_OTHERS: Mapping[str, Any] = {"schedule": "constant", "norm": "train", "correct_norms": False}
+OF_METHOD: Mapping[str, Mapping[str, Any]] = {"cr-qat-plus": {"schedule": "linear", "norm": "frozen", "correct_norms": True}}
 RAMP = 0.2  # of an average's horizon: the published average's, 2,000 of 10,000 steps
 
 
@@ -104,7 +106,7 @@ class QatSettings(LoopSettings, DataSettings):
 
     steps: int = 10_000
     rate: float = 2e-4  # not published
-    schedule: Literal["linear", "constant"] = "constant"
+    schedule: Literal["linear", "constant"] = None  # type: ignore[assignment]  # None takes the method's, below
     warmup: int | None = 0
     method: Method = "cr-qat"
     teacher: str | None = None  # the full-precision checkpoint; methods that teach need one
@@ -114,9 +116,9 @@ class QatSettings(LoopSettings, DataSettings):
     relations: Relations | Literal["none"] = "full"  # which of them TRKD compares
     neck_features: bool = False  # three stages: the neck is taught by its features
     shares: tuple[float, ...] | None = None  # of the steps, one a phase; None takes the published
-    norm: Norm = "train"
+    norm: Norm = None  # type: ignore[assignment]  # None takes the method's, below
     recalibrate: bool = True
-    correct_norms: bool = False  # norms of stages as they are quantized; frozen ones
+    correct_norms: bool = None  # type: ignore[assignment]  # of stages as they are quantized, where frozen; None takes the method's
     ema: float = EMA
     phases: tuple[Any, ...] | None = None  # mappings of a phase's fields, in place of the method's
     quantizer_rate: float = 0.1  # share of the rate, of scales and zero points
@@ -127,6 +129,9 @@ class QatSettings(LoopSettings, DataSettings):
     ap_pictures: int = 0  # pictures that AP is scored on as a phase opens and as it ends; 0: no AP
 
     def __post_init__(self) -> None:
+        for name, value in OF_METHOD.get(self.method, OF_OTHERS).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         super().__post_init__()
         self.check_data()
         for name in ("kd_weight", "pkd_factor", "trkd_factor", "quantizer_rate", "reestimate", "ap_pictures"):

@@ -19,6 +19,7 @@ def described(phases: tuple[Phase, ...]) -> list[tuple[int, str, float]]:
         ("kd", TWO, False, [(2, "task pkd trkd", 1)]),
         ("cqat", TWO, False, [(1, "task", 0.333), (2, "task", 0.667)]),
         ("cr-qat", TWO, False, [(1, "task pkd", 0.333), (2, "task pkd trkd", 0.667)]),
+        ("cr-qat-plus", TWO, False, [(1, "task pkd", 0.333), (2, "task pkd trkd", 0.667)]),
         ("cr-qat", THREE, False, [(1, "task pkd", 0.333), (2, "task pkd", 0.333), (3, "task pkd trkd", 0.333)]),
         ("cr-qat", THREE, True, [(1, "task pkd", 0.333), (2, "task pkd neck-pkd", 0.333), (3, "task pkd neck-pkd trkd", 0.333)]),
         ("cqat", THREE, False, [(1, "task", 0.333), (2, "task", 0.333), (3, "task", 0.333)]),

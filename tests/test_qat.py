@@ -726,6 +726,18 @@ def test_an_ap_of_nothing_is_refused_at_the_start(prepared: Prepared, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_method_brings_its_own_settings_where_none_are_given() -> None:
+    def chosen(**given: Any) -> tuple[str, str, bool]:
+        found = QatSettings(**given)
+        return found.schedule, found.norm, found.correct_norms
+
+    assert chosen() == chosen(method="qat") == ("constant", "train", False)
+    assert chosen(method="cr-qat-plus") == ("linear", "frozen", True)
+    assert chosen(method="cr-qat-plus", schedule="constant", correct_norms=False) == ("constant", "frozen", False)
+    assert resolve(QatSettings, {"method": "cr-qat-plus"}).values == QatSettings(method="cr-qat-plus")
+    assert {phase.correct_norms for phase in QatSettings(method="cr-qat-plus").plan((BACKBONE, NECK_HEAD))} == {True}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("kd_weight", -1.0), ("pkd_factor", float("nan")), ("calibration", 0), ("watch_every", 0), ("shares", ("a",)), ("size", 100)],

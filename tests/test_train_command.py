@@ -214,7 +214,7 @@ WHOLE = {"quantized": ["backbone", "neck-head"], "trained": ["backbone", "neck-h
         (of_flags("--device", "cuda:7"), "device 'cuda:7' is of no use"),
         (of_flags("--device", "quantum"), "device 'quantum' is of no use"),
         (of_flags("--rate", "nan"), "rate is nan; give a finite number"),
-        (of_flags("--method", "crqat"), "--method: method is 'crqat'; give one of cr-qat, qat, cqat, kd"),
+        (of_flags("--method", "crqat"), "--method: method is 'crqat'; give one of cr-qat, cr-qat-plus, qat, cqat, kd"),
         (of_flags("--ap-pictures", 2), "data.yaml: names no set to evaluate on"),
         (of_flags("--resume"), "run: holds no last.pt to resume from"),
         (of_config(shares=[0.5, 0.4]), "the curriculum: the shares add up to 0.9; make them 1 together"),
