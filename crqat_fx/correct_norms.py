@@ -15,6 +15,7 @@ themselves: a loop of one's own that trains a corrected model keeps them frozen 
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,14 +109,13 @@ def correct_norms(
         raise UserError("a quantizer has no scale yet", where="the prepared model", remedy="calibrate it first")
     modules = {node: module for node, module in correctable(prepared, stages).items() if module.rounds}
     before = {module: (module.ratio.clone(), module.shift.clone()) for module in modules.values()}
-    try:
+    with ExitStack() as after_an_error:
+        after_an_error.callback(_record, prepared, modules)
+        for module, kept in before.items():
+            after_an_error.callback(module.correct, *kept)
         _uncorrect(prepared, modules)
         corrections = _measure(prepared, modules, first_samples(batches, count), count, stages, progress)
-    except BaseException:
-        for module, kept in before.items():
-            module.correct(*kept)
-        _record(prepared, modules)
-        raise
+        after_an_error.pop_all()
     for layer, ratio, bias in corrections:
         layer.correct(ratio, bias)
     _record(prepared, modules)
