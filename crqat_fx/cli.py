@@ -772,7 +772,7 @@ def train(
         ),
     ],
     teacher: Annotated[
-        str | None, typer.Option(help="the full-precision checkpoint that teaches; cr-qat and kd need it", show_default=False)
+        str | None, typer.Option(help="the full-precision checkpoint that teaches; all but qat and cqat need it", show_default=False)
     ] = None,
     data: Annotated[str | None, typer.Option(help="a data.yaml; or shapes, the drawn task  [default: shapes]", show_default=False)] = None,
     method: Annotated[
