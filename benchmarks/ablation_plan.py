@@ -79,6 +79,7 @@ CORRECTED: Mapping[str, Settings] = {
     "cr-qat-correct": {"method": "cr-qat", "correct_norms": True},
     "cr-qat-correct-decay": {"method": "cr-qat", "correct_norms": True, "schedule": "linear"},
 }
+PLUS = ("qat-correct-decay", "cr-qat-correct-decay")  # the method that came of it, and its rival without a curriculum: at the other widths
 PAST: Mapping[str, Settings] = {
     "qat-decay": {"method": "qat", "schedule": "linear"},
     "kd-decay": {"method": "kd", "schedule": "linear"},
@@ -161,6 +162,8 @@ TRAINED = (
     Block(HEADLINE, tuple(CORRECTED)),
     Block(HEADLINE, tuple(WHY)),
     Block(HEADLINE, tuple(PAST)),
+    Block("3-3-8", PLUS),
+    Block("4-4-8", PLUS),
     Block("4-8-8", ("ptq-omse", "qat", "cr-qat")),
     Block("4-8-8-int", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
     Block("4-4-8", ("ptq-omse", "qat", "cr-qat"), INTEGERS),

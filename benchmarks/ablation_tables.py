@@ -133,7 +133,8 @@ def _sections(results: Mapping[str, Result]) -> Iterator[str]:
     yield from _section(f"What TRKD compares, {HEADLINE}", found, "no-trkd")
     yield from _section(f"Two stages and three, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *THREE]), "qat")
     yield from _section(f"Why, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *WHY]), "qat")
-    yield from _section(f"Past the paper, {HEADLINE}", rows(results, HEADLINE, ["qat", "cr-qat", *CORRECTED, *PAST]), "cr-qat")
+    for recipe in reversed(WIDTHS):
+        yield from _section(f"Past the paper, {recipe}", rows(results, recipe, ["qat", "cr-qat", *CORRECTED, *PAST]), "cr-qat")
     yield from _corrections(results)
     for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
         yield from _section(f"Activations a scale per channel, {recipe}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"]), "qat")
