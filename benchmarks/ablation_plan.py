@@ -65,6 +65,8 @@ THREE: Mapping[str, Settings] = {
 WHY: Mapping[str, Settings] = {
     "qat-slow": {"method": "qat", "rate": 5e-4},
     "cr-qat-slow": {"method": "cr-qat", "rate": 5e-4},
+    "cqat-slow": {"method": "cqat", "rate": 5e-4},
+    "kd-slow": {"method": "kd", "rate": 5e-4},
     "cqat-300": {"method": "cqat", "steps": 300},
     "qat-300": {"method": "qat", "steps": 300},
     "cr-qat-300": {"method": "cr-qat", "steps": 300},

@@ -33,6 +33,32 @@ from ablation_plan import (
 GROUPS = {"all": "all", "base": "base", "novel": "novel", "r": "rare", "c": "common", "f": "frequent"}
 RELATIONS = {"region_text": "region-text", "region_region": "region-region"}
 SPACES = ("embedding", "confidence")
+# what is asked of two rows that no table has side by side: recipe, with it, without
+PAIRS: Mapping[str, Sequence[tuple[str, str, str]]] = {
+    "What the stages do": [
+        *((recipe, *pair) for recipe in WIDTHS for pair in (("cqat", "qat"), ("cr-qat", "kd"))),
+        *((HEADLINE, *pair) for pair in (("cqat-3", "cqat"), ("cr-qat-3", "cr-qat"))),
+        (HEADLINE, "cqat-kept-ranges", "cqat"),
+    ],
+    "What the teacher does": [
+        *((recipe, *pair) for recipe in WIDTHS for pair in (("kd", "qat"), ("cr-qat", "cqat"))),
+        *((HEADLINE, name, "cqat") for name in TRKD),
+        *((HEADLINE, *pair) for pair in (("cr-qat-3", "cqat-3"), ("cr-qat-3-neck", "cr-qat-3"))),
+    ],
+    "The order under other settings": [
+        (HEADLINE, f"{method}-{setting}", f"qat-{setting}")
+        for setting in ("slow", "300", "norms", "decay", "correct", "correct-decay")
+        for method in ("cqat", "kd", "cr-qat")
+    ],
+    "What more steps do": [(HEADLINE, f"{name}-300", name) for name in ("qat", "cqat", "cr-qat")],
+    "What correcting norms does": [
+        *((recipe, PTQ_CORRECTED, "ptq-omse") for recipe in WIDTHS),
+        *((HEADLINE, f"{name}-correct{decay}", f"{name}{decay}") for name in ("qat", "cr-qat") for decay in ("", "-decay")),
+    ],
+    "What the decay does": [
+        (HEADLINE, f"{name}-decay", name) for name in ("qat", "kd", "cr-qat", "cr-qat-short", "qat-correct", "cr-qat-correct")
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +108,11 @@ Measure = Callable[[Result], float | None]
 
 def ap(group: str) -> Measure:
     return lambda result: result.ap.get(group)
+
+
+def novel_beyond_all(result: Result) -> float | None:
+    novel, everything = result.ap.get("novel"), result.ap.get("all")
+    return None if novel is None or everything is None else novel - everything
 
 
 def drift(kind: str, space: str) -> Measure:
@@ -135,7 +166,8 @@ def _sections(results: Mapping[str, Result]) -> Iterator[str]:
     yield from _section(f"Why, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *WHY]), "qat")
     for recipe in reversed(WIDTHS):
         yield from _section(f"Past the paper, {recipe}", rows(results, recipe, ["qat", "cr-qat", *CORRECTED, *PAST]), "cr-qat")
-    yield from _corrections(results)
+    for title, pairs in PAIRS.items():
+        yield from _pairs(results, title, pairs)
     for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
         yield from _section(f"Activations a scale per channel, {recipe}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"]), "qat")
     for recipe, target in (("4-8-8", PUBLISHED), ("4-8-8-int", INTEGERS), ("4-4-8", INTEGERS)):
@@ -179,19 +211,18 @@ def _headline(results: Mapping[str, Result]) -> Iterator[str]:
         yield from ("## AP as a share of full precision", "", "| recipe | best PTQ | QAT |", "|---|---|---|", *lines, "")
 
 
-def _corrections(results: Mapping[str, Result]) -> Iterator[str]:
-    """What correcting norms does, beside the same without."""
-    pairs = [(HEADLINE, f"{name}-correct{decay}", f"{name}{decay}") for name in ("qat", "cr-qat") for decay in ("", "-decay")]
-    pairs = [*((recipe, PTQ_CORRECTED, "ptq-omse") for recipe in WIDTHS), *pairs]
+def _pairs(results: Mapping[str, Result], title: str, pairs: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+    """One row less another, of one recipe each."""
     lines = []
     for recipe, with_it, without in pairs:
         own, other = rows(results, recipe, [with_it]), rows(results, recipe, [without])
         count = len(own[0].runs.keys() & other[0].runs.keys()) if own and other else 0
         if count:
-            differences = [_marked(own[0].difference(other[0], ap(group)), 1) for group in GROUPS]
+            differences = [_marked(own[0].difference(other[0], measure), 1) for measure in (*map(ap, GROUPS), novel_beyond_all)]
             lines.append(f"| {recipe}: {with_it} less {without} | {count} | {' | '.join(differences)} |")
     if lines:
-        yield from ("## What correcting norms does", "", *_head(["", "n", *(f"AP {name}" for name in GROUPS.values())]), *lines, "")
+        names = ["", "n", *(f"AP {name}" for name in GROUPS.values()), "novel less all"]
+        yield from (f"## {title}", "", *_head(names), *lines, "")
 
 
 def _section(title: str, found: list[Row], reference: str) -> Iterator[str]:

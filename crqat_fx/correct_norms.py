@@ -183,5 +183,6 @@ def _record(prepared: Prepared, modules: Mapping[Node, ConvBn2d]) -> None:
 
 def correctable(prepared: Prepared, stages: Collection[str] | None = None) -> dict[Node, ConvBn2d]:
     """Layers that can be corrected, by the node that calls them."""
+    prepared.refuse_unknown(stages or (), "the stages to correct")
     modules = {node: module_of(prepared.graph, node) for node in prepared.graph.graph.nodes if stages is None or node.meta[STAGE] in stages}
     return {node: module for node, module in modules.items() if isinstance(module, ConvBn2d) and module.correctable}

@@ -58,7 +58,7 @@ class Phase:
             raise _wrong(f"norm is {self.norm!r}", f"give {' or '.join(get_args(Norm))}")
         if self.correct_norms and self.norm != "frozen":
             raise _wrong(
-                "norms are corrected whose statistics are trained, and would correct themselves", "give norm: frozen, or --norm frozen"
+                "norms are to be corrected whose statistics train, and correct themselves", "freeze them (norm: frozen), or keep them (--keep-norms)"
             )
         if not 0 < self.share <= 1:
             raise _wrong(f"share is {self.share}", "give a number above 0, at most 1")
@@ -81,14 +81,14 @@ def curriculum(
     correct_norms: bool = False,
     shares: Sequence[float] | None = None,
 ) -> tuple[Phase, ...]:
-    """The phases of a published method for a model of these stages, in the order of the data."""
+    """The phases of a method for a model of these stages, in the order of the data."""
     if method not in get_args(Method):
         raise UserError(f"unknown method {method!r}", where="--method", remedy=f"choose among {', '.join(get_args(Method))}")
     if neck_features and (len(stages) != 3 or method not in TAUGHT):
         raise UserError(
             "neck features are taught where a curriculum has three stages and a teacher",
             where="neck_features",
-            remedy="prepare the model with --stages 3 and train it with cr-qat or kd, or leave it out",
+            remedy="prepare the model with --stages 3 and train it with cr-qat, cr-qat-plus or kd, or leave it out",
         )
     taught = method in TAUGHT
     ends = range(1, len(stages) + 1) if method in BY_STAGES else (len(stages),)
@@ -116,8 +116,8 @@ def _teaching(stages: Sequence[str], end: int, neck_features: bool) -> list[str]
     return names
 
 
-def read_phases(given: Sequence[Any]) -> tuple[Phase, ...]:
-    """Phases out of plain data, as a run file holds them."""
+def read_phases(given: Sequence[Any], common: Mapping[str, Any] | None = None) -> tuple[Phase, ...]:
+    """Phases out of plain data, as a run file holds them. `common` are values of the fields that a phase leaves out."""
     known = {field.name: field for field in dataclasses.fields(Phase)}
     phases = []
     for number, entry in enumerate(given, 1):
@@ -133,7 +133,7 @@ def read_phases(given: Sequence[Any]) -> tuple[Phase, ...]:
         for name in ("quantized", "trained"):
             if name not in values:
                 raise _wrong(f"phase {number} has no {name!r}", "name its stages")
-        phases.append(Phase(**values))
+        phases.append(Phase(**{**(common or {}), **values}))
     return tuple(phases)
 
 

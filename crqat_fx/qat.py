@@ -120,7 +120,7 @@ class QatSettings(LoopSettings, DataSettings):
     recalibrate: bool = True
     correct_norms: bool = None  # type: ignore[assignment]  # of stages as they are quantized, where frozen; None takes the method's
     ema: float = EMA
-    phases: tuple[Any, ...] | None = None  # mappings of a phase's fields, in place of the method's
+    phases: tuple[Any, ...] | None = None  # mappings of a phase's fields, in place of the method's; what one leaves out is as set here
     quantizer_rate: float = 0.1  # share of the rate, of scales and zero points
     observer: str = "omse"
     calibration: int = PICTURES  # pictures of the training that ranges are set on
@@ -130,8 +130,12 @@ class QatSettings(LoopSettings, DataSettings):
 
     def __post_init__(self) -> None:
         for name, value in OF_METHOD.get(self.method, OF_OTHERS).items():
-            if getattr(self, name) is None:
+            given = getattr(self, name)
+            if given is None:
                 object.__setattr__(self, name, value)
+            elif given != value and self.method in OF_METHOD:
+                what = f"{name} is {_plain(given)}, and {self.method} is a method with {_plain(value)}"
+                raise UserError(what, remedy="give it so or not at all; cr-qat takes either")
         super().__post_init__()
         self.check_data()
         for name in ("kd_weight", "pkd_factor", "trkd_factor", "quantizer_rate", "reestimate", "ap_pictures"):
@@ -144,25 +148,20 @@ class QatSettings(LoopSettings, DataSettings):
         for share in self.shares or ():
             if not isinstance(share, int | float) or isinstance(share, bool):
                 raise UserError(f"shares holds {share!r}", remedy="give numbers that are 1 together")
+        for name in ("shares", "neck_features"):
+            if self.phases is not None and getattr(self, name):
+                raise UserError(f"{name} is given, and phases in place of the method's", remedy=f"leave out {name}: each phase says its own")
 
     def plan(self, stages: tuple[str, ...]) -> tuple[Phase, ...]:
         """The phases for a model of these stages."""
-        found = read_phases(self.phases) if self.phases is not None else self._method(stages)
+        common: dict[str, Any] = {name: getattr(self, name) for name in ("norm", "recalibrate", "ema", "correct_norms")}
+        if self.phases is not None:
+            found = read_phases(self.phases, common)
+        else:
+            found = curriculum(self.method, stages, neck_features=self.neck_features, shares=self.shares, **common)
         if self.relations != "none":
             return found
         return tuple(replace(phase, losses=tuple(name for name in phase.losses if name != RELATIONS)) for phase in found)
-
-    def _method(self, stages: tuple[str, ...]) -> tuple[Phase, ...]:
-        return curriculum(
-            self.method,
-            stages,
-            neck_features=self.neck_features,
-            norm=self.norm,
-            recalibrate=self.recalibrate,
-            ema=self.ema,
-            correct_norms=self.correct_norms,
-            shares=self.shares,
-        )
 
 
 def train_file(
@@ -316,13 +315,14 @@ class QatCourse(Course):
         count = self.settings.calibration
         if phase.norm == "train" and uncorrect_norms(self.prepared, phase.trained):
             logger.warning("step %d: norms that had been corrected are trained from what they were: they correct themselves", state.step)
-        # a correction is of the ranges that are there: with new ones it is made again
+        # a correction is of the student as it was: as a later phase opens it is made again
         corrected = any(layer.corrected for layer in correctable(self.prepared, stages).values())
         with autocast(self.settings, self.device):
             if index and stages and phase.recalibrate:
                 calibrate(self.prepared, self._examples(state.step), self.settings.observer, count, stages=stages)
             if stages and (phase.correct_norms or (corrected and index)):
-                correct_norms(self.prepared, self._examples(state.step), count, stages=stages)
+                if not correct_norms(self.prepared, self._examples(state.step), count, stages=stages):
+                    logger.warning("step %d: no norm to correct in %s: none has a scale for each channel", state.step, ", ".join(stages))
         self.processes.share(self.model)
         self._set(index)
         for parameter in self.model.parameters():
@@ -470,6 +470,10 @@ def teacher_graph(teacher: YoloWorld, parts: Literal[1, 2, 3]) -> GraphModule:
     FoldBatchNorm()(graph)
     frozen: GraphModule = graph.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return frozen
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _no_yolo_world(where: object) -> UserError:

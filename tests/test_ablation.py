@@ -108,18 +108,17 @@ def test_the_protocol_in_words_is_the_one_that_runs():
     assert f"first {PROTOCOL['compared']}." in words
     seeds = [str(seed) for each in TUNING[::2] for seed in each.seeds]
     assert "Tuning has the seeds {} and {} (QAT) and {} and {} (KD); evaluation 1 to 5.".format(*seeds) in words
-    for tuning in TUNING:
-        of_one = [next(iter(candidate.values())) for candidate in tuning.candidates]
-        assert all(
-            re.search(rf"(?<![\d.]){re.escape(f'{value:g}'.replace('0.', '.').replace('e-0', 'e-'))}\b", words) for value in spelt(of_one)
-        )
+    for number, tuning in enumerate(TUNING, 1):
+        (line,) = re.findall(rf"^{number}\. .*(?:rate of|horizon of|factor, on) {tuning.method.upper()}.*$", words, re.MULTILINE)
+        told = re.findall(r"(?<![\w.])[\d.]+(?:e-\d)?(?![\w)])", line.split(":", 1)[1])
+        assert told[: len(tuning.candidates)] == [spelt(value) for candidate in tuning.candidates for value in candidate.values()]
     for block in TRAINED:
         assert block.recipe in words
 
 
-def spelt(values: list[float]) -> list[float]:
-    """Small numbers are written as powers of ten there."""
-    return [value for value in values if value >= 0.01]
+def spelt(value: float) -> str:
+    """As the protocol writes it."""
+    return f"{value:.0e}".replace("e-0", "e-") if value < 0.01 else f"{value:g}".removeprefix("0")
 
 
 def test_what_is_committed_belongs_to_the_plan():

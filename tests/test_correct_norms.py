@@ -98,12 +98,13 @@ def departure(found: dict[str, tuple[Tensor, Tensor]], wanted: dict[str, tuple[T
     return sum(differences) / len(differences)
 
 
-def test_channels_get_their_float_means_and_deviations_back() -> None:
+@pytest.mark.parametrize("size", [COUNT, 3])  # all at once; 3, 3 and 2, of which each is put right by what is known so far
+def test_channels_get_their_float_means_and_deviations_back(size: int) -> None:
     prepared = coarse()
     wanted = in_float(prepared)
     assert len(wanted) == 60
     before = departure(moments(prepared), wanted)
-    assert correct_norms(prepared, batches(prepared), COUNT) == 60
+    assert correct_norms(prepared, batches(prepared, COUNT, size), COUNT) == 60
     after = departure(moments(prepared), wanted)
     assert after < before / 4  # what is left is that biases are rounded, which at 3 bits have large steps
 
@@ -247,6 +248,9 @@ def test_mistakes_are_told() -> None:
     prepared = coarse()
     correct_norms(prepared, batches(prepared), COUNT)
     before = outputs(prepared)
+    for call in (correctable, uncorrect_norms, lambda each, stages: correct_norms(each, batches(each), COUNT, stages=stages)):
+        with pytest.raises(UserError, match="unknown stage 'bakcbone'"):
+            call(prepared, [NECK_HEAD, "bakcbone"])
     for wrong, count, what in (([], COUNT, "there was no picture"), (batches(prepared), 0, "on 0 pictures")):
         with pytest.raises(UserError, match=what):
             correct_norms(prepared, wrong, count)

@@ -733,9 +733,29 @@ def test_a_method_brings_its_own_settings_where_none_are_given() -> None:
 
     assert chosen() == chosen(method="qat") == ("constant", "train", False)
     assert chosen(method="cr-qat-plus") == ("linear", "frozen", True)
-    assert chosen(method="cr-qat-plus", schedule="constant", correct_norms=False) == ("constant", "frozen", False)
+    assert chosen(method="cr-qat", norm="frozen", correct_norms=True) == ("constant", "frozen", True)
     assert resolve(QatSettings, {"method": "cr-qat-plus"}).values == QatSettings(method="cr-qat-plus")
     assert {phase.correct_norms for phase in QatSettings(method="cr-qat-plus").plan((BACKBONE, NECK_HEAD))} == {True}
+
+
+@pytest.mark.parametrize(("name", "value"), [("schedule", "constant"), ("norm", "train"), ("correct_norms", False)])
+def test_cr_qat_plus_is_all_that_it_is_made_of(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{name} is {str(value).lower()}, and cr-qat-plus is a method with"):
+        QatSettings(method="cr-qat-plus", **{name: value})
+    resolve(QatSettings, {"method": "cr-qat"}).write(tmp_path / "settings.yaml")  # of another run, and taken for this
+    with pytest.raises(UserError, match="is a method with"):
+        resolve(QatSettings, {"method": "cr-qat-plus"}, tmp_path / "settings.yaml")
+
+
+def test_phases_of_ones_own_take_what_they_leave_out_from_the_settings() -> None:
+    phase = {"quantized": BOTH, "trained": BOTH}
+    (found,) = QatSettings(method="cr-qat-plus", phases=(phase,), ema=0.3, recalibrate=False).plan((BACKBONE, NECK_HEAD))
+    assert (found.norm, found.correct_norms, found.ema, found.recalibrate) == ("frozen", True, 0.3, False)
+    (found,) = QatSettings(phases=({**phase, "norm": "frozen", "ema": 0.2},)).plan((BACKBONE, NECK_HEAD))
+    assert (found.norm, found.correct_norms, found.ema) == ("frozen", False, 0.2)
+    for name, value in (("shares", (1.0,)), ("neck_features", True)):
+        with pytest.raises(UserError, match=f"{name} is given, and phases"):
+            QatSettings(phases=(phase,), **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def calibrate(
     are set, by what those of the others, as the phase has them, let through. Phase and mode stay as they were."""
     _check_count(count)
     everything = prepared.quantizers()
+    prepared.refuse_unknown(stages or (), "calibration")
     chosen = {name: each for name, each in prepared.quantizers(stages).items() if each.learns}
     if stages is not None and not chosen:
         raise UserError(f"no quantizer is in {', '.join(stages)}", where="calibration", remedy="name stages of the model")

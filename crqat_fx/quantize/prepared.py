@@ -113,13 +113,16 @@ class Prepared:
                     found[f"{node.target}.{name}".rstrip(".")] = each
         return found
 
+    def refuse_unknown(self, stages: Collection[str], where: str) -> None:
+        names = [stage.name for stage in self.stages]
+        for asked in stages:
+            if asked not in names:
+                raise UserError(f"unknown stage {asked!r}", where=where, remedy=f"choose among {', '.join(names)}")
+
     def set_phase(self, phase: Phase) -> None:
         """Turns quantizers on and off, and freezes what is not trained: parameters, scales, and the statistics of norms. With these, biases
         are rounded as in evaluation."""
-        names = [stage.name for stage in self.stages]
-        for asked in (*phase.quantized, *phase.trained):
-            if asked not in names:
-                raise UserError(f"unknown stage {asked!r}", where="the phase", remedy=f"choose among {', '.join(names)}")
+        self.refuse_unknown((*phase.quantized, *phase.trained), "the phase")
         trained: dict[nn.Parameter, bool] = {}
         for node, module in self._called():
             stage = node.meta[STAGE]
