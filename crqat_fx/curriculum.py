@@ -58,7 +58,8 @@ class Phase:
             raise _wrong(f"norm is {self.norm!r}", f"give {' or '.join(get_args(Norm))}")
         if self.correct_norms and self.norm != "frozen":
             raise _wrong(
-                "norms are to be corrected whose statistics train, and correct themselves", "freeze them (norm: frozen), or keep them (--keep-norms)"
+                "norms are to be corrected whose statistics train, and correct themselves",
+                "freeze them (norm: frozen), or keep them (--keep-norms)",
             )
         if not 0 < self.share <= 1:
             raise _wrong(f"share is {self.share}", "give a number above 0, at most 1")

@@ -150,7 +150,9 @@ class QatSettings(LoopSettings, DataSettings):
                 raise UserError(f"shares holds {share!r}", remedy="give numbers that are 1 together")
         for name in ("shares", "neck_features"):
             if self.phases is not None and getattr(self, name):
-                raise UserError(f"{name} is given, and phases in place of the method's", remedy=f"leave out {name}: each phase says its own")
+                raise UserError(
+                    f"{name} is given, and phases in place of the method's", remedy=f"leave out {name}: each phase says its own"
+                )
 
     def plan(self, stages: tuple[str, ...]) -> tuple[Phase, ...]:
         """The phases for a model of these stages."""
@@ -320,9 +322,9 @@ class QatCourse(Course):
         with autocast(self.settings, self.device):
             if index and stages and phase.recalibrate:
                 calibrate(self.prepared, self._examples(state.step), self.settings.observer, count, stages=stages)
-            if stages and (phase.correct_norms or (corrected and index)):
-                if not correct_norms(self.prepared, self._examples(state.step), count, stages=stages):
-                    logger.warning("step %d: no norm to correct in %s: none has a scale for each channel", state.step, ", ".join(stages))
+            wanted = stages and (phase.correct_norms or (corrected and index))
+            if wanted and not correct_norms(self.prepared, self._examples(state.step), count, stages=stages):
+                logger.warning("step %d: no norm to correct in %s: none has a scale for each channel", state.step, ", ".join(stages))
         self.processes.share(self.model)
         self._set(index)
         for parameter in self.model.parameters():
