@@ -1,10 +1,11 @@
 """Does the published ablation hold? Every method at every width, its parts, and what comes after it, by benchmarks/results/protocol.md.
 
-python benchmarks/ablation.py [--jobs 2] [--only 'GLOB'] [--list] [--render] [--quick] [--results benchmarks/results/ablation]
+python benchmarks/ablation.py [--jobs 2] [--only 'GLOB'] [--list] [--render] [--quick] [--trial CELL NAME=VALUE] [--results FOLDER]
 
 Cells run in the order of their worth, each in one thread; a cell's result is a file, RESULTS/RECIPE/TARGET/VARIANT.SEED.json. What is
 there is not run again, so that a run goes on where it stopped; to run a cell again, delete its file. --only runs the cells whose name
-matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. All of it takes tens of hours of one core.
+matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. --trial runs one on a seed that counts
+nowhere, with settings changed, and keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 6 to 10 hours of one core.
 """
 
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_plan import MEASURED, MODEL, Cell, Result, plan, quick_cells
+from ablation_plan import MEASURED, MODEL, Cell, Result, plan, quick_cells, trial_cell
 from ablation_tables import tables
 
 import crqat_fx
@@ -238,11 +239,18 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the cells that are known so far")
     parser.add_argument("--render", action="store_true", help="write the tables beside the results' folder")
     parser.add_argument("--quick", action="store_true", help="one tiny cell of each kind, kept nowhere: only to see that they run")
+    parser.add_argument(
+        "--trial", nargs="+", metavar="WORD", help="RECIPE/TARGET/VARIANT [NAME=VALUE ...]: one cell of another seed, kept nowhere"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args()
     if options.quick:
         for cell in quick_cells():
             tell(run_cell(cell))
+        return 0
+    if options.trial is not None:
+        name, *changes = options.trial
+        tell(run_cell(trial_cell(name, changes, read_results(options.results))))
         return 0
     if options.list:
         results = read_results(options.results)

@@ -5,15 +5,19 @@ needs again are the same cells. Tuning comes first, on seeds of its own; what fo
 fixed here. Hence the plan grows: `plan` gives the cells that can be known from the results there are, in the order of their worth.
 """
 
+import json
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from crqat_fx.errors import UserError
 
 Value = str | int | float | bool | None | tuple[float, ...]
 Settings = Mapping[str, Value]
 
 MODEL = "pico-v1"
 SEEDS = (1, 2, 3, 4, 5)
+TRIAL_SEED = 301  # of trials, which count nowhere
 HEADLINE = "2-2-8"  # the widest at which PTQ falls under a tenth of full precision, and QAT ends under 60% of it
 WIDTHS = ("4-4-8", "3-3-8", HEADLINE)
 PUBLISHED = "conv-inputs"  # the target that the paper trains and counts
@@ -219,6 +223,37 @@ def _kept(tuning: Tuning, settings: Settings, results: Mapping[str, Result]) -> 
 
 def _tuned(tuning: Tuning, settings: Settings, candidate: Settings, seed: int, results: Mapping[str, Result]) -> float:
     return results[tuning_cell(tuning, settings, candidate, seed).name].ap["all"] or 0.0
+
+
+def trial_cell(name: str, changes: Sequence[str], results: Mapping[str, Result]) -> Cell:
+    """RECIPE/TARGET/VARIANT on the seed of trials, with settings changed: NAME=VALUE each, the value JSON or a bare word."""
+    asked = " ".join((name, *changes))
+    try:
+        recipe, target, variant = name.split("/")
+        changed = dict(change.split("=") for change in changes)
+    except ValueError:
+        raise UserError(f"{asked!r} is no trial", remedy="give RECIPE/TARGET/VARIANT [NAME=VALUE ...]") from None
+    if variant not in (FULL_PRECISION, *PTQ, PTQ_CORRECTED, *TRAININGS):
+        raise UserError(f"unknown variant {variant!r}", remedy=f"choose among {', '.join((*PTQ, PTQ_CORRECTED, *TRAININGS))}")
+    settings: Settings | None = PROTOCOL
+    for tuning in TUNING:
+        settings = None if settings is None else choose(tuning, settings, results)
+    if settings is None:
+        raise UserError("the settings are not tuned yet", remedy="run the cells of tuning/ first")
+    cell = cell_of(recipe, target, variant, TRIAL_SEED, settings)
+    known = {*cell.settings, *(key for own in TRAININGS.values() for key in own if cell.trained)}
+    for setting in changed:
+        if setting not in known:
+            raise UserError(f"unknown setting {setting!r}", remedy=f"choose among {', '.join(sorted(known))}")
+    return replace(cell, name=f"trial/{asked}", settings={**cell.settings, **{key: _value(text) for key, text in changed.items()}})
+
+
+def _value(text: str) -> Value:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
 
 
 def quick_cells() -> list[Cell]:

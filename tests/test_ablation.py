@@ -131,6 +131,25 @@ def test_what_is_committed_is_what_the_tables_show():
     assert not COMMITTED or written.read_text(encoding="utf-8") == tables(COMMITTED)
 
 
+def test_a_trial_is_a_cell_of_another_seed_with_settings_changed():
+    found = ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", ["steps=2000", "schedule=linear", "shares=[0.1, 0.9]"], COMMITTED)
+    known = next(cell for cell in plan(COMMITTED) if cell.name == "2-2-8/conv-inputs/cr-qat.1")
+    assert found.settings == {**known.settings, "steps": 2000, "schedule": "linear", "shares": (0.1, 0.9)}
+    assert found.seed not in {*SEEDS, *(seed for tuning in TUNING for seed in tuning.seeds)}
+    for asked, what in (
+        ("cr-qat", "is no trial"),
+        ("2-2-8/conv-inputs/cr-qat steps", "is no trial"),
+        ("2-2-8/conv-inputs/crqat", "unknown variant"),
+        ("2-2-8/conv-inputs/cr-qat step=2", "unknown setting 'step'"),
+        ("2-2-8/conv-inputs/ptq-omse steps=2", "unknown setting 'steps'"),
+    ):
+        name, *changes = asked.split()
+        with pytest.raises(UserError, match=what):
+            ablation_plan.trial_cell(name, changes, COMMITTED)
+    with pytest.raises(UserError, match="not tuned yet"):
+        ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", [], {})
+
+
 # --- statistics and tables ---
 
 
