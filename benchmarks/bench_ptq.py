@@ -7,8 +7,8 @@ those that training knew (base) and of the others (novel). `+norms`: norms are c
 thread, no chance in it, the same figures at every run.
 
 With 8 bits everywhere and the target `conv-inputs` every observer is promised to stay within 0.6 AP of full precision; where one does not,
-the table says missed and the exit status is 1. --quick is too little to tell, and does not. A percentile of one's own is not meant: those
-two are there to show what more and less cutting costs.
+the table says missed and the exit status is 1. --quick is too little to tell, and does not. The promise leaves out the
+percentiles with a number of their own, which are there to show what cutting more and less costs.
 """
 
 import os

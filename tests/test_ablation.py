@@ -78,6 +78,17 @@ def test_methods_of_the_paper_get_the_same_steps_data_and_rate():
         assert not set(TRAININGS[variant]) & set(same)
 
 
+def test_the_method_that_came_of_it_is_what_was_measured():
+    (cell,) = (each for each in plan(COMMITTED) if each.name == f"{HEADLINE}/conv-inputs/cr-qat-correct-decay.1")
+    measured_as = ablation.settings_of(cell, ablation.drawn_task())
+    assert measured_as.method == "cr-qat"
+    kept = dataclasses.replace(measured_as, method="cr-qat-plus")  # refused where a setting were another
+    for stages in (("backbone", "neck-head"), ("backbone", "neck", "head")):
+        given = {"shares": None} if len(stages) == 2 else {"shares": (0.2, 0.3, 0.5)}
+        assert dataclasses.replace(kept, **given).plan(stages) == dataclasses.replace(measured_as, **given).plan(stages)
+    assert kept.schedule == measured_as.schedule == "linear"
+
+
 def test_tuning_takes_the_best_mean_and_waits_until_all_is_measured():
     (tuning, *_) = TUNING
     # the last two are out after their first seed

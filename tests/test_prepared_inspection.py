@@ -9,6 +9,7 @@ import torch
 from prepared_models import RECIPES, calibrated_pico, pictures
 from rich.console import Console
 
+from crqat_fx.correct_norms import correctable
 from crqat_fx.graph_page import draw_page, save_drawing
 from crqat_fx.graph_picture import draw_view
 from crqat_fx.graph_view import FLOAT_BITS, view
@@ -131,6 +132,8 @@ def test_a_scale_that_training_moved_is_shown_beside_what_it_was_calibrated_to()
     prepared = calibrated_pico("4-4-8", "conv-inputs")
     name = "quant.backbone.image_model.stage2.0.conv.input"
     prepared.quantizers()[name].log_scale.data += 0.5
+    layer = next(iter(correctable(prepared).values()))
+    layer.correct(torch.full_like(layer.ratio, 2.0), layer.shift)
     prepared.set_phase(Phase(quantized=("backbone",), trained=("neck-head",)))
     report = inspect_prepared(prepared, "p.pt")
     (found,) = [each for each in report.quantizers if each.name == name]
@@ -142,6 +145,7 @@ def test_a_scale_that_training_moved_is_shown_beside_what_it_was_calibrated_to()
     (line,) = [line for line in lines if line.startswith("0.conv.input ") and "then" in line]
     assert "minmax, then x 1.65" in line
     assert "(frozen)" in line
+    assert any(line.split() == ["norms", "1", "corrected"] for line in lines)
     assert "No SQNR" in lines[-1]
 
 

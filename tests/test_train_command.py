@@ -20,6 +20,7 @@ from test_train import logged, saved
 
 from crqat_fx.__main__ import main
 from crqat_fx.checkpoint import write_checkpoint
+from crqat_fx.correct_norms import correctable
 from crqat_fx.data.config import read_data, texts_needed
 from crqat_fx.models.yolo_world import YoloWorld
 from crqat_fx.qat import QatSettings, train_file
@@ -117,8 +118,8 @@ def children_of(process: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc to find the processes in")
 def test_two_processes_of_torchrun_that_are_killed_and_resumed_train_as_one(files: Path, tmp_path: Path) -> None:
-    """Frozen statistics, at a rate at which what differs in the last digit has not grown."""
-    flags = ("--steps", 6, "--rate", 1e-5, "--log-every", 1, "--save-every", 1)
+    """Frozen statistics, corrected, at a rate at which what differs in the last digit has not grown."""
+    flags = ("--method", "cr-qat-plus", "--steps", 6, "--rate", 1e-5, "--log-every", 1, "--save-every", 1)
     two, one = tmp_path / "two", tmp_path / "one"
     with joined_processes(command(files, two, *flags)) as first:
         while first.poll() is None and not ((two / "last.pt").exists() and saved(two)["step"] >= 1):
@@ -147,7 +148,9 @@ def test_two_processes_of_torchrun_that_are_killed_and_resumed_train_as_one(file
     watched = [json.loads(line) for line in (two / "quantizers.jsonl").read_text().splitlines()]
     assert [line["step"] for line in watched] == [2, 4, 6]
     assert all(len(line) > 100 for line in watched)
-    assert load_prepared(two / "prepared.pt").weights == "average"
+    trained = load_prepared(two / "prepared.pt")
+    assert trained.weights == "average"
+    assert all(layer.corrected for layer in correctable(trained).values())
 
 
 # --- what is given wrong ---
@@ -215,6 +218,8 @@ WHOLE = {"quantized": ["backbone", "neck-head"], "trained": ["backbone", "neck-h
         (of_flags("--device", "quantum"), "device 'quantum' is of no use"),
         (of_flags("--rate", "nan"), "rate is nan; give a finite number"),
         (of_flags("--method", "crqat"), "--method: method is 'crqat'; give one of cr-qat, cr-qat-plus, qat, cqat, kd"),
+        (of_flags("--method", "cr-qat-plus", "--schedule", "constant"), "schedule is constant, and cr-qat-plus is a method with linear"),
+        (of_flags("--method", "cr-qat-plus", "--keep-norms"), "correct_norms is false, and cr-qat-plus is a method with true"),
         (of_flags("--ap-pictures", 2), "data.yaml: names no set to evaluate on"),
         (of_flags("--resume"), "run: holds no last.pt to resume from"),
         (of_config(shares=[0.5, 0.4]), "the curriculum: the shares add up to 0.9; make them 1 together"),
