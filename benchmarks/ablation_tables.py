@@ -33,30 +33,59 @@ from ablation_plan import (
 GROUPS = {"all": "all", "base": "base", "novel": "novel", "r": "rare", "c": "common", "f": "frequent"}
 RELATIONS = {"region_text": "region-text", "region_region": "region-region"}
 SPACES = ("embedding", "confidence")
-# what is asked of two rows that no table has side by side: recipe, with it, without
-PAIRS: Mapping[str, Sequence[tuple[str, str, str]]] = {
+
+
+def _at(place: str, *pairs: tuple[str, str]) -> list[tuple[str, str]]:
+    return [(f"{place}/{own}", f"{place}/{other}") for own, other in pairs]
+
+
+def _between(place: str, other: str, *variants: str) -> list[tuple[str, str]]:
+    return [(f"{place}/{variant}", f"{other}/{variant}") for variant in variants]
+
+
+# what is asked of two rows that no table has side by side: RECIPE[/TARGET]/VARIANT, and what it is compared with
+PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
     "What the stages do": [
-        *((recipe, *pair) for recipe in WIDTHS for pair in (("cqat", "qat"), ("cr-qat", "kd"))),
-        *((HEADLINE, *pair) for pair in (("cqat-3", "cqat"), ("cr-qat-3", "cr-qat"))),
-        (HEADLINE, "cqat-kept-ranges", "cqat"),
+        *(pair for recipe in WIDTHS for pair in _at(recipe, ("cqat", "qat"), ("cr-qat", "kd"))),
+        *_at(HEADLINE, ("cqat-3", "cqat"), ("cr-qat-3", "cr-qat"), ("cqat-kept-ranges", "cqat")),
     ],
     "What the teacher does": [
-        *((recipe, *pair) for recipe in WIDTHS for pair in (("kd", "qat"), ("cr-qat", "cqat"))),
-        *((HEADLINE, name, "cqat") for name in TRKD),
-        *((HEADLINE, *pair) for pair in (("cr-qat-3", "cqat-3"), ("cr-qat-3-neck", "cr-qat-3"))),
+        *(pair for recipe in WIDTHS for pair in _at(recipe, ("kd", "qat"), ("cr-qat", "cqat"))),
+        *_at(HEADLINE, *((name, "cqat") for name in TRKD), ("cr-qat-3", "cqat-3"), ("cr-qat-3-neck", "cr-qat-3")),
     ],
-    "The order under other settings": [
-        (HEADLINE, f"{method}-{setting}", f"qat-{setting}")
-        for setting in ("slow", "300", "norms", "decay", "correct", "correct-decay")
-        for method in ("cqat", "kd", "cr-qat")
-    ],
-    "What more steps do": [(HEADLINE, f"{name}-300", name) for name in ("qat", "cqat", "cr-qat")],
+    "The order under other settings": _at(
+        HEADLINE,
+        *((f"{method}-slow", "qat-slow") for method in ("cqat", "kd", "cr-qat")),
+        *((f"{method}-300", "qat-300") for method in ("cqat", "cr-qat")),
+        ("cqat-300", "qat"),  # of which the second stage alone takes as many steps
+        ("kd-decay", "qat-decay"),
+        *((f"cr-qat-{setting}", f"qat-{setting}") for setting in ("decay", "norms", "correct", "correct-decay")),
+    ),
+    "What more steps do": _at(HEADLINE, *((f"{name}-300", name) for name in ("qat", "cqat", "cr-qat"))),
     "What correcting norms does": [
-        *((recipe, PTQ_CORRECTED, "ptq-omse") for recipe in WIDTHS),
-        *((HEADLINE, f"{name}-correct{decay}", f"{name}{decay}") for name in ("qat", "cr-qat") for decay in ("", "-decay")),
+        *(pair for recipe in WIDTHS for pair in _at(recipe, (PTQ_CORRECTED, "ptq-omse"))),
+        *_at(HEADLINE, *((f"{name}-correct{decay}", f"{name}{decay}") for name in ("qat", "cr-qat") for decay in ("", "-decay"))),
     ],
-    "What the decay does": [
-        (HEADLINE, f"{name}-decay", name) for name in ("qat", "kd", "cr-qat", "cr-qat-short", "qat-correct", "cr-qat-correct")
+    "What the decay does": _at(
+        HEADLINE, *((f"{name}-decay", name) for name in ("qat", "kd", "cr-qat", "cr-qat-short", "qat-correct", "cr-qat-correct"))
+    ),
+    "What came of it, width by width": [
+        pair
+        for recipe in WIDTHS
+        for pair in _at(
+            recipe,
+            ("qat-correct-decay", "qat"),
+            ("cr-qat-correct-decay", "qat"),
+            ("cr-qat-correct-decay", "cr-qat"),
+            ("cr-qat-correct-decay", "qat-correct-decay"),
+        )
+    ],
+    "What a scale per channel of activations does": [
+        pair for recipe in (HEADLINE, "3-3-8") for pair in _between(f"{recipe}-ch", recipe, "ptq-omse", "qat", "cr-qat")
+    ],
+    "What integers cost": [
+        *_between(f"4-8-8-int/{INTEGERS}", "4-8-8", "ptq-omse", "qat", "cr-qat"),
+        *_between(f"4-4-8/{INTEGERS}", "4-4-8", "ptq-omse", "qat", "cr-qat"),
     ],
 }
 
@@ -211,18 +240,29 @@ def _headline(results: Mapping[str, Result]) -> Iterator[str]:
         yield from ("## AP as a share of full precision", "", "| recipe | best PTQ | QAT |", "|---|---|---|", *lines, "")
 
 
-def _pairs(results: Mapping[str, Result], title: str, pairs: Sequence[tuple[str, str, str]]) -> Iterator[str]:
-    """One row less another, of one recipe each."""
+def _pairs(results: Mapping[str, Result], title: str, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """One row less another."""
     lines = []
-    for recipe, with_it, without in pairs:
-        own, other = rows(results, recipe, [with_it]), rows(results, recipe, [without])
-        count = len(own[0].runs.keys() & other[0].runs.keys()) if own and other else 0
-        if count:
-            differences = [_marked(own[0].difference(other[0], measure), 1) for measure in (*map(ap, GROUPS), novel_beyond_all)]
-            lines.append(f"| {recipe}: {with_it} less {without} | {count} | {' | '.join(differences)} |")
+    for pair in pairs:
+        own, other = (_of_name(results, name) for name in pair)
+        count = len(own.runs.keys() & other.runs.keys()) if own and other else 0
+        if own and other and count:
+            differences = [_marked(own.difference(other, measure), 1) for measure in (*map(ap, GROUPS), novel_beyond_all)]
+            lines.append(f"| {less(*pair)} | {count} | {' | '.join(differences)} |")
     if lines:
         names = ["", "n", *(f"AP {name}" for name in GROUPS.values()), "novel less all"]
         yield from (f"## {title}", "", *_head(names), *lines, "")
+
+
+def _of_name(results: Mapping[str, Result], name: str) -> Row | None:
+    """RECIPE[/TARGET]/VARIANT."""
+    recipe, *target, variant = name.split("/")
+    return next(iter(rows(results, recipe, [variant], *target)), None)
+
+
+def less(name: str, other: str) -> str:
+    (place, variant), (other_place, other_variant) = (each.rsplit("/", 1) for each in (name, other))
+    return f"{place}: {variant} less {other_variant}" if place == other_place else f"{variant}: {place} less {other_place}"
 
 
 def _section(title: str, found: list[Row], reference: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablation
 import ablation_plan
 from ablation_plan import HEADLINE, METHODS, PROTOCOL, PTQ, QUICK, SEEDS, TRAINED, TRAININGS, TUNING, Cell, Result, cell_of, plan
-from ablation_tables import Row, ap, drift, mean_of, tables
+from ablation_tables import PAIRS, Row, ap, drift, less, mean_of, tables
 
 from crqat_fx.errors import UserError
 
@@ -195,11 +195,16 @@ def test_tables_show_means_errors_and_what_wins():
     lines = text.splitlines()
     methods = lines[lines.index(f"## Methods at {HEADLINE}") :]
     assert next(line for line in methods if line.startswith("| cr-qat |")).startswith("| cr-qat | 5 | 24.5 ± 0.4 |")
-    less = methods[next(number for number, line in enumerate(methods) if line.startswith("| less qat")) :]
-    assert next(line for line in less if line.startswith("| cr-qat |")).startswith("| cr-qat | 5 | +3.0 ± 0.0* |")
+    differences = methods[next(number for number, line in enumerate(methods) if line.startswith("| less qat")) :]
+    assert next(line for line in differences if line.startswith("| cr-qat |")).startswith("| cr-qat | 5 | +3.0 ± 0.0* |")
     assert f"| {HEADLINE} | 25% | 27% |" in lines  # of 80.5: 20.5, and 21.5
     assert "| qat | rate 0.0002 | 70.5, 71.0 | chosen |" in lines  # of equal ones the first
     assert "## Two stages and three, 2-2-8" in lines
+    for pairs in PAIRS.values():  # a misspelt row would be left out in silence
+        for own, other in pairs:
+            assert f"| {less(own, other)} | 5 | " in text
+    assert "| 2-2-8: cr-qat less cqat | 5 | +4.0 ± 0.0* |" in text
+    assert "| cr-qat: 4-8-8-int/ort less 4-8-8 | 5 | +0.0 ± 0.0 |" in text
 
 
 def test_tables_of_a_part_show_that_part():
