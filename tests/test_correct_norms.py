@@ -226,6 +226,18 @@ def test_a_channel_that_rounding_emptied_is_shifted_and_the_ratio_is_bounded() -
     assert ((moments(prepared)[str(node.target)][0] - wanted).abs() <= 1.01 * half)[others].all()
 
 
+def test_layers_of_which_nearly_nothing_is_left_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    prepared = coarse()
+    correct_norms(prepared, batches(prepared), COUNT)
+    assert not caplog.records
+    name = "quant.backbone.image_model.stage2.0.conv.input"
+    prepared.quantizers()[name].log_scale.data -= 6.0
+    correct_norms(prepared, batches(prepared), COUNT)
+    (told,) = caplog.records
+    assert "1 of 60 norms cannot be corrected" in told.getMessage()
+    assert "backbone.image_model.stage2.0.conv" in told.getMessage()
+
+
 def test_what_a_phase_leaves_float_is_left_alone() -> None:
     prepared = coarse()
     prepared.set_phase(Phase((BACKBONE,), (BACKBONE, NECK_HEAD)))
