@@ -215,7 +215,7 @@ def test_mistakes_are_told():
         calibrate(made, [])
     with pytest.raises(UserError, match="calibration on 0 pictures"):
         calibrate(made, [inputs()], count=0)
-    with pytest.raises(UserError, match="no quantizer is in cellar"):
+    with pytest.raises(UserError, match="unknown stage 'cellar'"):
         calibrate(made, [inputs()], stages=("cellar",))
     with pytest.raises(UserError, match="has no vocabulary"):
         next(picture_batches(made, []))
