@@ -120,13 +120,12 @@ def correct_norms(
         layer.correct(ratio, bias)
     _record(prepared, modules)
     logger.info("corrected %d norms", len(modules))
-    paths = node_paths(prepared.graph)
-    lost = [paths[node] for node, module in modules.items() if (module.ratio >= LARGEST).float().mean() > 0.5]
+    lost = [node for node, module in modules.items() if (module.ratio >= LARGEST).float().mean() > 0.5]
     if lost:  # what comes back behind such a layer is noise as large as what was there
         what = (
             "%d of %d norms cannot be corrected: rounding left nearly nothing of most channels, %s the first; other ranges may leave more"
         )
-        logger.warning(what, len(lost), len(modules), lost[0])
+        logger.warning(what, len(lost), len(modules), node_paths(prepared.graph)[lost[0]])
     return len(modules)
 
 

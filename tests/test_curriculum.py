@@ -108,7 +108,7 @@ def test_phases_that_do_not_fill_the_steps_are_refused(phases, steps, what):
         ({"method": "crqat", "stages": TWO}, "unknown method 'crqat'"),
         ({"method": "cr-qat", "stages": TWO, "shares": (1.0,)}, "1 shares for 2 phases"),
         ({"method": "cr-qat", "stages": TWO, "neck_features": True}, "three stages"),
-        ({"method": "qat", "stages": TWO, "correct_norms": True}, "correct themselves"),
+        ({"method": "qat", "stages": TWO, "correct_norms": True}, "whose statistics train, and correct themselves"),
         ({"method": "cqat", "stages": THREE, "neck_features": True}, "a teacher"),
     ],
 )
