@@ -85,6 +85,10 @@ CORRECTED: Mapping[str, Settings] = {
     "cr-qat-correct": {"method": "cr-qat", "correct_norms": True},
     "cr-qat-correct-decay": {"method": "cr-qat", "correct_norms": True, "schedule": "linear"},
 }
+# and scales that learn: a tenth of the rate moves them by 2% in all
+SCALES: Mapping[str, Settings] = {
+    f"{name}-scales": {**CORRECTED[name], "quantizer_rate": 5.0} for name in ("qat-correct-decay", "cr-qat-correct-decay")
+}
 PLUS = ("qat-correct-decay", "cr-qat-correct-decay")  # the method that came of it, and its rival without a curriculum: at the other widths
 PAST: Mapping[str, Settings] = {
     "qat-decay": {"method": "qat", "schedule": "linear"},
@@ -93,7 +97,7 @@ PAST: Mapping[str, Settings] = {
     "cr-qat-short": {"method": "cr-qat", "shares": (0.1, 0.9)},
     "cr-qat-short-decay": {"method": "cr-qat", "shares": (0.1, 0.9), "schedule": "linear"},
 }
-TRAININGS: Mapping[str, Settings] = {**METHODS, **TRKD, **THREE, **WHY, **CORRECTED, **PAST}
+TRAININGS: Mapping[str, Settings] = {**METHODS, **TRKD, **THREE, **WHY, **CORRECTED, **SCALES, **PAST}
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,9 @@ TRAINED = (
     Block("4-8-8", ("ptq-omse", "qat", "cr-qat")),
     Block("4-8-8-int", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
     Block("4-4-8", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
+    Block(HEADLINE, tuple(SCALES)),
+    Block("3-3-8", tuple(SCALES)[1:]),
+    Block("4-4-8", tuple(SCALES)[1:]),
     Block(f"{HEADLINE}-ch", ("ptq-omse", "qat", "cr-qat")),
     Block("3-3-8-ch", ("ptq-omse", "qat", "cr-qat")),
 )

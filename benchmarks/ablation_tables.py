@@ -19,6 +19,7 @@ from ablation_plan import (
     PTQ,
     PTQ_CORRECTED,
     PUBLISHED,
+    SCALES,
     THREE,
     TRKD,
     TUNING,
@@ -79,6 +80,14 @@ PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
             ("cr-qat-correct-decay", "cr-qat"),
             ("cr-qat-correct-decay", "qat-correct-decay"),
         )
+    ],
+    "What scales that learn faster do": [
+        *_at(HEADLINE, ("qat-correct-decay-scales", "qat-correct-decay"), ("cr-qat-correct-decay-scales", "qat-correct-decay-scales")),
+        *(
+            (f"{recipe}/cr-qat-correct-decay-scales", f"{recipe}/{other}")
+            for recipe in WIDTHS
+            for other in ("cr-qat-correct-decay", "cr-qat", "qat")
+        ),
     ],
     "What a scale per channel of activations does": [
         pair for recipe in (HEADLINE, "3-3-8") for pair in _between(f"{recipe}-ch", recipe, "ptq-omse", "qat", "cr-qat")
@@ -194,7 +203,7 @@ def _sections(results: Mapping[str, Result]) -> Iterator[str]:
     yield from _section(f"Two stages and three, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *THREE]), "qat")
     yield from _section(f"Why, {HEADLINE}", rows(results, HEADLINE, ["qat", "cqat", "cr-qat", *WHY]), "qat")
     for recipe in reversed(WIDTHS):
-        yield from _section(f"Past the paper, {recipe}", rows(results, recipe, ["qat", "cr-qat", *CORRECTED, *PAST]), "cr-qat")
+        yield from _section(f"Past the paper, {recipe}", rows(results, recipe, ["qat", "cr-qat", *CORRECTED, *SCALES, *PAST]), "cr-qat")
     for title, pairs in PAIRS.items():
         yield from _pairs(results, title, pairs)
     for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
