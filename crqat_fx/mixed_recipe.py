@@ -36,7 +36,7 @@ from crqat_fx.recipe import FLOAT, QuantRecipe, QuantRule
 from crqat_fx.sensitivity import ALL, FirstPictures, ap_of, check_measurable, noise_of_blocks
 from crqat_fx.trace import trace_unproved
 from passes.fx.graph import blocks_of, module_of, node_paths
-from passes.spec import QuantSpec
+from passes.spec import ODD_BITS, QuantSpec
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def with_blocks(recipe: QuantRecipe, widths: Mapping[str, Widths], patterns: Map
     rules = [
         QuantRule(
             pattern,
-            dataclasses.replace(weight, bits=widths[block].weight),
+            dataclasses.replace(weight, bits=widths[block].weight, odd=weight.odd and widths[block].weight <= ODD_BITS),
             dataclasses.replace(activation, bits=widths[block].activation),
         )
         for block in sorted(widths, key=len)

@@ -42,6 +42,7 @@ class QuantizerFacts:
     stage: str
     bits: int
     symmetric: bool
+    odd: bool
     channel_axis: int | None
     scales: int
     scale: tuple[float, float] | None
@@ -172,6 +173,7 @@ def _quantizers(prepared: Prepared, seen: GraphView, noise: Noise | None) -> Ite
             stage=stages[name],
             bits=quantizer.spec.bits,
             symmetric=quantizer.spec.symmetric,
+            odd=quantizer.spec.odd,
             channel_axis=quantizer.spec.channel_axis,
             scales=quantizer.scale.numel(),
             **_range(quantizer),
@@ -301,7 +303,7 @@ def of_block(each: BlockFacts) -> tuple[object, ...]:
 def of_quantizer(each: QuantizerFacts) -> tuple[str, ...]:
     """What its row says behind its name."""
     return (
-        f"{each.bits}{' signed' if each.symmetric else ''}",
+        f"{each.bits}{' odd' if each.odd else ' signed' if each.symmetric else ''}",
         in_decibels(each.end_to_end),
         in_decibels(each.local) if each.on else "off",
         "-" if each.clipped is None else f"{each.clipped:.2%}",

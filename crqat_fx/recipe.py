@@ -2,11 +2,13 @@
 
 A recipe's rules are globs over the paths of a graph's nodes (`neck.top_down_layers.0.main_conv.conv`; `*` crosses dots). The last rule that
 matches wins; a path that none matches stays float. Presets are named weight-activation-attention, as published: `4-4-8`.
-`-ch` gives activations a scale per channel; `-int` gives the edges, which the published recipes leave float, 8 bits.
+`-odd` gives weights odd codes, as many below zero as above; `-ch` gives activations a scale per channel; `-int` gives the edges, which the
+published recipes leave float, 8 bits.
 """
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +19,7 @@ import yaml
 
 from crqat_fx.errors import UserError
 from crqat_fx.files import written
-from passes.spec import QuantSpec
+from passes.spec import ODD_BITS, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class QuantRule:
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
     optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation.odd:
+            raise ValueError("activation: odd codes are for weights, an activation needs one for zero")
 
 
 FLOAT = QuantRule("*")
@@ -99,6 +105,8 @@ PRESETS: Mapping[str, tuple[int, int, int]] = {
     "2-2-8": (2, 2, 8),
     "8-8-8": (8, 8, 8),
 }
+ODD = tuple(name for name, (weight, _, _) in PRESETS.items() if weight <= ODD_BITS)  # also with odd codes
+NAMED = re.compile(r"(?P<base>[^-]+-[^-]+-[^-]+)(?P<odd>-odd)?(?P<ch>-ch)?(?P<int>-int)?")
 DEFAULT_RECIPE = "4-8-8-int"  # without kernels for 4 bits, 4-bit activations cost accuracy and give nothing back; 4-4-8 is the paper's
 EDGES = ("*.stem.*", "*.cls_preds.*.2", "*.reg_preds.*.2", "*.cls_contrasts.*")  # the first layer, the last ones, and the matching
 GUIDES = ("*.attn_block.max_similarity", "*.attn_block.gate")
@@ -109,13 +117,13 @@ OUTPUT_AXIS, CHANNEL_AXIS, HEAD_AXIS, FEATURE_AXIS = 0, 1, 1, 2  # of a weight, 
 
 
 def preset(name: str) -> QuantRecipe:
-    """A published recipe by name, `-ch` and `-int` (in this order) after it."""
-    base = name.removesuffix("-int").removesuffix("-ch")
-    if base not in PRESETS or name not in (base, f"{base}-ch", f"{base}-int", f"{base}-ch-int"):
+    """A published recipe by name, `-odd`, `-ch` and `-int` (in this order) after it."""
+    parts = NAMED.fullmatch(name)
+    if parts is None or parts["base"] not in (ODD if parts["odd"] else PRESETS):
         raise UserError(f"unknown recipe {name!r}", where="--recipe", remedy=f"choose one of {_names()}, or name a YAML file")
-    weight_bits, activation_bits, attention_bits = PRESETS[base]
-    per_channel = name.removesuffix("-int").endswith("-ch")
-    weight = QuantSpec(weight_bits, symmetric=True, channel_axis=OUTPUT_AXIS)
+    weight_bits, activation_bits, attention_bits = PRESETS[parts["base"]]
+    per_channel = bool(parts["ch"])
+    weight = QuantSpec(weight_bits, symmetric=True, channel_axis=OUTPUT_AXIS, odd=bool(parts["odd"]))
     activation = QuantSpec(activation_bits, channel_axis=CHANNEL_AXIS if per_channel else None)
     attention = QuantSpec(attention_bits, channel_axis=HEAD_AXIS)
     rules = [QuantRule("*", weight, activation)]
@@ -125,7 +133,7 @@ def preset(name: str) -> QuantRecipe:
         rules += [QuantRule(glob, weight, of_text, optional=True) for glob in POOLING_LINEARS]
     rules += [QuantRule(glob, activation=attention) for glob in GUIDES]
     rules += [QuantRule(glob, activation=attention, optional=True) for glob in POOLING]
-    edge = (QuantSpec(8, symmetric=True, channel_axis=OUTPUT_AXIS), QuantSpec(8)) if name.endswith("-int") else (None, None)
+    edge = (QuantSpec(8, symmetric=True, channel_axis=OUTPUT_AXIS), QuantSpec(8)) if parts["int"] else (None, None)
     rules += [QuantRule(glob, *edge) for glob in EDGES]
     return QuantRecipe(tuple(rules))
 
@@ -137,7 +145,8 @@ def recipe_named(text: str) -> QuantRecipe:
 
 def name_of(recipe: QuantRecipe) -> str | None:
     """What a preset is called; None for another recipe."""
-    named = (f"{base}{channels}{edges}" for base in PRESETS for channels in ("", "-ch") for edges in ("", "-int"))
+    bases = (*PRESETS, *(f"{base}-odd" for base in ODD))
+    named = (f"{base}{channels}{edges}" for base in bases for channels in ("", "-ch") for edges in ("", "-int"))
     return next((name for name in named if preset(name) == recipe), None)
 
 
@@ -225,7 +234,7 @@ def target_named(name: str, cpu: str = "any") -> Target:
 
 
 def _names() -> str:
-    return f"{', '.join(PRESETS)}, each also with -ch, -int or -ch-int"
+    return f"{', '.join(PRESETS)}, each also with -ch, -int or -ch-int; {' and '.join(ODD)} with -odd before"
 
 
 def _plain(rule: QuantRule) -> dict[str, Any]:
@@ -254,7 +263,10 @@ def _rule(entry: Any, number: int, path: object) -> QuantRule:
     if not isinstance(optional, bool):
         raise UserError(f"{what}: optional is {optional!r}", where=path, remedy="give true or false")
     weight, activation = (_spec(entry.get(key), f"{what}: {key}", path) for key in ("weight", "activation"))
-    return QuantRule(modules, weight, activation, optional)
+    try:
+        return QuantRule(modules, weight, activation, optional)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}", where=path) from error
 
 
 def _spec(entry: Any, what: str, path: object) -> QuantSpec | None:

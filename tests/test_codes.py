@@ -9,7 +9,7 @@ from crqat_fx.quantize.fake_quant import fake_quantizer
 from passes.fx.codes import Dequantize, OnCodes, Quantize
 from passes.spec import QuantSpec
 
-U4, S4 = QuantSpec(4), QuantSpec(4, symmetric=True)
+U4, S4, ODD2, ODD3 = QuantSpec(4), QuantSpec(4, symmetric=True), QuantSpec(2, symmetric=True, odd=True), QuantSpec(3, True, odd=True)
 
 
 def steps(scale, zero=0):
@@ -21,9 +21,11 @@ def steps(scale, zero=0):
     [
         (U4, 5, torch.uint8, [0, 0, 3, 4, 5, 5, 7, 7, 15, 15]),
         (S4, 0, torch.int8, [-8, -8, -2, -1, 0, 0, 2, 2, 7, 7]),
+        (ODD2, 0, torch.int8, [-3, -3, -1, -1, -1, 1, 1, 3, 3, 3]),
+        (ODD3, 0, torch.int8, [-7, -7, -1, -1, -1, 1, 1, 3, 7, 7]),
     ],
 )
-def test_codes_are_rounded_half_to_even_and_clipped(spec, zero, dtype, codes):
+def test_codes_are_rounded_half_to_even_or_to_odd_and_clipped(spec, zero, dtype, codes):
     x = torch.tensor([-1e9, -20.0, -2.0, -1.1, -0.5, 0.5, 1.5, 2.5, 20.0, 1e9])
     got = Quantize(*steps(1.0, zero), spec)(x)
     assert got.dtype == dtype

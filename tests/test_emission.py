@@ -101,6 +101,12 @@ def test_codes_of_fewer_bits_than_a_byte_are_clipped(spec: QuantSpec, kinds: lis
     same(emitted, graph, x, 0)
 
 
+def test_odd_codes_are_stored_and_never_written_as_a_quantizer():
+    graph = trace_unproved(Rounds(QuantSpec(2, symmetric=True, odd=True)), (Quantize, Dequantize))
+    with pytest.raises(UserError, match="a quantizer of odd codes has no form in ONNX"):
+        emit(graph, [(torch.randn(2, 3, 4),)])
+
+
 def test_scales_of_one_tensor_have_no_axes():
     emitted = emit(trace_unproved(Rounds(QuantSpec(8)), (Quantize, Dequantize)), [(torch.randn(2, 3, 4),)])
     assert "write.scale" in emitted.graph.initializers

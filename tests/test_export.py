@@ -241,6 +241,16 @@ def test_4_bit_storage_is_half_as_large_and_bit_identical(narrow: Prepared, raw:
         equal(run(raw.path, {"images": picture(1)}, level), run(wide.path, {"images": picture(1)}, level))
 
 
+def test_odd_codes_are_stored_in_4_bits_and_give_what_the_model_computes(tmp_path: Path):
+    made = prepared(2, "2-2-8-odd-int")
+    file = export(made, tmp_path / "odd.onnx", outputs="raw")
+    stored = {each.name: each for each in onnx.load(file.path).graph.initializer}
+    packed = stored["backbone.image_model.stage1.0.conv.weight_codes"]
+    assert packed.data_type == onnx.TensorProto.INT4
+    assert np.unique(onnx.numpy_helper.to_array(packed).astype(int)).tolist() == [-3, -1, 1, 3]
+    equal(run(file.path, {"images": picture(1)}), levels(lower(made, TEXTS).graph, picture(1)))
+
+
 def test_a_model_whose_norms_are_corrected_is_exported_as_it_computes(tmp_path: Path):
     made = prepared(2, "4-4-8-int")
     before = levels(made.graph.eval(), picture(1), EMBEDDINGS)

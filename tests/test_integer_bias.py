@@ -18,6 +18,7 @@ from crqat_fx.quantize.integer_bias import Conv2d, HeadBias, IntegerBias, Linear
 from crqat_fx.quantize.prepare import prepare
 from crqat_fx.quantize.prepared import Phase
 from crqat_fx.recipe import QuantRecipe, QuantRule
+from passes.fx.codes import Quantize
 from passes.fx.lower_layers import LARGEST_BIAS
 from passes.spec import QuantSpec
 
@@ -85,8 +86,8 @@ def test_links_are_no_part_of_the_state_and_follow_a_copy():
 # --- evaluation ---
 
 
-def prepared_layer(layer, x, weight_bits=8):
-    recipe = QuantRecipe((QuantRule("*", QuantSpec(weight_bits, True, 0), QuantSpec(4)),))
+def prepared_layer(layer, x, weight_bits=8, odd=False):
+    recipe = QuantRecipe((QuantRule("*", QuantSpec(weight_bits, True, 0, odd), QuantSpec(4)),))
     made = prepare(nn.Sequential(*layer).eval(), [(x,)], recipe, "ort")
     calibrate(made, [(x,)], "minmax")
     return made, made.graph.get_submodule("0")
@@ -153,6 +154,21 @@ def test_the_scale_of_a_dead_channel_is_raised_until_its_bias_has_a_code():
     assert not weight[2].any()
     assert torch.equal(weight[:2], layer.folded()[0][:2])
     assert bias[2] == torch.round(layer.bias[2] / (step * scale[2])) * (step * scale[2])
+
+
+def test_the_weight_of_a_dead_channel_has_odd_codes_where_all_do():
+    convolution = nn.Conv2d(3, 8, 1)
+    with torch.no_grad():
+        convolution.weight[2] *= 1e-11
+    _, layer = prepared_layer((convolution,), PICTURE, 2, odd=True)
+    with torch.no_grad():
+        layer.weight_fake_quant.log_scale[2] = -28
+    weight, _ = layer.stored()
+    scale = layer.weight_scale(layer.bias)
+    assert scale[2] > layer.weight_fake_quant.scale[2]
+    assert torch.equal(weight[2].abs(), scale[2].expand_as(weight[2]))  # -1 and 1
+    rounds = Quantize(scale, torch.zeros_like(scale, dtype=torch.int32), layer.weight_fake_quant.spec)
+    assert torch.equal(rounds(weight) * scale.view(-1, 1, 1, 1), weight)
 
 
 def test_the_bias_of_attention_is_in_steps_of_its_product():

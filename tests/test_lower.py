@@ -102,6 +102,7 @@ MODELS = [
     *(("pico", version, recipe, "ort") for version in (1, 2) for recipe in ("4-4-8-int", "4-8-8-int", "8-8-8-int", "4-4-8")),
     *(("pico", version, recipe, "conv-inputs") for version in (1, 2) for recipe in ("4-4-8", "4-8-8-int")),
     CHANNELS_2,
+    *(("pico", 2, "2-2-8-odd-int", target) for target in ("ort", "conv-inputs")),
     ("s", 2, "4-8-8-int", "ort"),
 ]
 

@@ -96,6 +96,15 @@ def test_rules_of_blocks_stand_behind_the_one_for_everything_and_before_the_edge
     assert recipe.rule_for("backbone.image_model.stem.conv").weight == QuantSpec(8, True, 0)  # the edge's rule is later
 
 
+def test_blocks_keep_odd_codes_where_they_are_narrow_enough():
+    widths = {"a": Widths(3, 4), "b": Widths(8, 8)}
+    recipe = with_blocks(preset("2-2-8-odd"), widths, {"a": ("a.*",), "b": ("b.*",)})
+    assert recipe.rules[1:3] == (
+        QuantRule("a.*", QuantSpec(3, True, 0, odd=True), QuantSpec(4)),
+        QuantRule("b.*", QuantSpec(8, True, 0), QuantSpec(8)),
+    )
+
+
 def test_a_recipe_that_says_nothing_of_everything_is_refused():
     prepared = calibrated_pico(*RECIPES[0])
     prepared.recipe = QuantRecipe((QuantRule("*.stage1.*", QuantSpec(4, True, 0), QuantSpec(4)),))

@@ -51,6 +51,17 @@ def test_int_gives_the_edges_eight_bits_and_touches_nothing_else():
             assert integer[path] == plain[path]
 
 
+def test_odd_gives_weights_odd_codes_and_touches_nothing_else():
+    plain, odd = preset("2-2-8-int").rules_for(PATHS), preset("2-2-8-odd-int").rules_for(PATHS)
+    for path in PATHS:
+        assert odd[path].activation == plain[path].activation
+        if plain[path].weight is not None and plain[path].weight.bits == 2:
+            assert odd[path].weight == QuantSpec(2, symmetric=True, channel_axis=0, odd=True)
+        else:
+            assert odd[path].weight == plain[path].weight
+    assert any(rule.weight is not None and rule.weight.odd for rule in odd.values())
+
+
 def test_ch_gives_activations_an_axis_and_touches_neither_weights_nor_attention():
     plain, channels = preset("3-3-8").rules_for(PATHS), preset("3-3-8-ch").rules_for(PATHS)
     for path in PATHS:
@@ -70,7 +81,9 @@ def test_every_preset_has_the_bits_of_its_name(name):
     assert recipe.rule_for("neck.x.attn_block.max_similarity").activation == QuantSpec(attention, channel_axis=1)
 
 
-@pytest.mark.parametrize("name", ["5-5-5", "4-4", "4-4-8-ch-ch", "4-4-8-int-ch", "4-4-8-", "", "4-4-8-int-int", "fp32"])
+@pytest.mark.parametrize(
+    "name", ["5-5-5", "4-4", "4-4-8-ch-ch", "4-4-8-int-ch", "4-4-8-", "", "4-4-8-int-int", "fp32", "4-4-8-odd", "2-2-8-ch-odd"]
+)
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(UserError, match="choose one of 4-4-8"):
         preset(name)
@@ -87,7 +100,7 @@ def test_an_optional_rule_may_match_nothing():
     assert set(recipe.rules_for(PATHS)) == set(PATHS)
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "4-4-8-ch", "4-4-8-int", "4-4-8-ch-int"])
+@pytest.mark.parametrize("name", [*PRESETS, "4-4-8-ch", "4-4-8-int", "4-4-8-ch-int", "3-3-8-odd", "2-2-8-odd-ch-int"])
 def test_yaml_there_and_back(tmp_path, name):
     path = tmp_path / "recipe.yaml"
     preset(name).save(path)
@@ -129,6 +142,9 @@ def test_yaml_that_a_person_writes(tmp_path):
         ("rules: [{modules: x, activation: {symmetric: true}}]", "rule 1: activation: bits are missing"),
         ("rules: [{modules: x, activation: {bits: 4, axis: 1}}]", "rule 1: activation has an unknown key 'axis'"),
         ("rules: [{modules: x, activation: {bits: 4, channel_axis: -1}}]", "channel_axis is -1"),
+        ("rules: [{modules: x, weight: {bits: 4, symmetric: true, odd: true}}]", "odd codes are for symmetric tensors of 2 to 3 bits"),
+        ("rules: [{modules: x, weight: {bits: 2, odd: true}}]", "odd codes are for symmetric tensors"),
+        ("rules: [{modules: x, activation: {bits: 2, symmetric: true, odd: true}}]", "rule 1: activation: odd codes are for weights"),
         ("rules: [", "no readable recipe"),
         ("rules: !!python/object/apply:os.system ['true']", "no readable recipe"),
         ("[" * 3000, "no readable recipe"),

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Quantizers:
 
 def weight_spec(target: Target, asked: QuantSpec) -> QuantSpec:
     """How a weight is quantized for a target: as asked, no wider than the target's products bear."""
-    return QuantSpec(min(asked.bits, target.weight_bits), asked.symmetric, asked.channel_axis)
+    return replace(asked, bits=min(asked.bits, target.weight_bits))
 
 
 def backend_config(target: Target) -> BackendConfig:

@@ -1,6 +1,6 @@
 """Learnable quantizers as modules: LSQ (symmetric), LSQ+ (asymmetric, a learned whole zero point), PACT, and a scale that is fixed.
 
-    code = clip(round(x / s) + z, lowest, highest),   value = (code - z) s
+    code = clip(nearest(x / s) + z, lowest, highest),   value = (code - z) s
 
 What is learned is log s, so that a scale is positive whatever the optimizer does, and z, which is kept in [lowest, highest]. Both gradients
 are LSQ's, scaled by g = 1 / sqrt(N highest): N counts the weights that the scale serves, or an activation's elements of one sample.
@@ -58,7 +58,7 @@ class FakeQuantize(FakeQuantizeBase):
         self.fixed = fixed
         self.observer: Observer = make_observer(observer, spec, weight=self.weight)
         self.quant_min, self.quant_max = spec.lowest, spec.highest
-        self.grid = Grid(spec.lowest, spec.highest, axis, self.clips)
+        self.grid = Grid(spec.lowest, spec.highest, axis, self.clips, spec.odd)
         self.ch_axis = -1 if axis is None else axis
         self.dtype = torch.qint8 if spec.symmetric else torch.quint8
         self.qscheme = _scheme(spec)
@@ -163,7 +163,7 @@ class FakeQuantize(FakeQuantizeBase):
     def extra_repr(self) -> str:
         fixed = "" if self.fixed is None else f", fixed {self.fixed[0]:.6g} {self.fixed[1]}"
         axis = "" if self.spec.channel_axis is None else f", axis {self.spec.channel_axis}"
-        return f"{self.spec.bits} bit{axis}{fixed}"
+        return f"{self.spec.bits} bit{', odd' if self.spec.odd else ''}{axis}{fixed}"
 
     def _load_from_state_dict(
         self,

@@ -43,7 +43,8 @@ class StreamingHistogram:
         self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
         self._make_room()
         inverse, first = torch.exp2(-self.exponent).float().unsqueeze(1), self.first.float().unsqueeze(1)
-        rows = values.transpose(0, 1).flatten(1)  # a channel's of all samples at once: clearing and adding its bins costs more than counting
+        # a channel's values of all samples at once: to clear and add its bins costs more than to count
+        rows = values.transpose(0, 1).flatten(1)
         group = max(1, BLOCK // max(rows.shape[1], 1))
         for start in range(0, len(rows), group):
             channels = slice(start, start + group)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.ao.nn import qat
 
 from crqat_fx.quantize.fake_quant import FakeQuantize
+from passes.fx.codes import nearest
 from passes.fx.lower_layers import LARGEST_BIAS, raised_scale
 
 
@@ -69,7 +70,7 @@ class IntegerBias(nn.Module):
             dead = raised > scale
         if dead.device.type != "cpu" or dead.any():  # elsewhere, asking would wait for the device
             dead, raised = (each.view(-1, *[1] * (weight.dim() - 1)) if each.ndim else each for each in (dead, raised))
-            weight = torch.where(dead, torch.round(weight.detach() / raised) * raised, weight)
+            weight = torch.where(dead, nearest(weight.detach() / raised, self._quantizer().spec.odd) * raised, weight)
         return weight, _straight_through(whole, bias)
 
     def step(self) -> Tensor | None:
@@ -85,8 +86,11 @@ class IntegerBias(nn.Module):
         return scale if bias is None or step is None else raised_scale(scale, bias.detach(), step)
 
     def _scale(self) -> Tensor:
+        return self._quantizer().scale.detach()
+
+    def _quantizer(self) -> FakeQuantize:
         assert isinstance(self.weight_fake_quant, FakeQuantize)  # who asks has looked
-        return self.weight_fake_quant.scale.detach()
+        return self.weight_fake_quant
 
 
 class Conv2d(IntegerBias, qat.Conv2d):

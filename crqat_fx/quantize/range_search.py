@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crqat_fx.quantize.histogram import StreamingHistogram
+from passes.fx.codes import nearest
 from passes.spec import QuantSpec
 
 Ends = tuple[Tensor, Tensor]
@@ -98,7 +99,7 @@ class Cumulated:
 
     def error(self, scales: Tensor, zeros: Tensor, spec: QuantSpec) -> Tensor:
         """Of every candidate [channels, candidates] the summed squared error."""
-        codes = torch.arange(spec.lowest, spec.highest + 1, dtype=torch.float64, device=scales.device)
+        codes = torch.arange(spec.lowest, spec.highest + 1, spec.step, dtype=torch.float64, device=scales.device)
         per_step = max(1, ELEMENTS // (len(codes) * len(scales)))
         steps = zip(scales.split(per_step, 1), zeros.split(per_step, 1), strict=True)
         return torch.cat([self._error(scale, zero, codes) for scale, zero in steps], 1)
@@ -178,13 +179,13 @@ class _Entropies:
         self.held_below = _from_left((self.counts > 0).double())
 
     def lost(self, scales: Tensor, zeros: Tensor, spec: QuantSpec) -> Tensor:
-        codes = torch.arange(spec.lowest, spec.highest + 2, dtype=torch.float64, device=scales.device)
+        codes = torch.arange(spec.lowest, spec.highest + spec.step + 1, spec.step, dtype=torch.float64, device=scales.device)
         per_step = max(1, ELEMENTS // (len(codes) * len(scales)))
         steps = zip(scales.split(per_step, 1), zeros.split(per_step, 1), strict=True)
-        return torch.cat([self._lost(scale, zero, codes) for scale, zero in steps], 1)
+        return torch.cat([self._lost(scale, zero, codes - spec.step / 2) for scale, zero in steps], 1)
 
-    def _lost(self, scales: Tensor, zeros: Tensor, codes: Tensor) -> Tensor:
-        edges = (codes - 0.5 - zeros.unsqueeze(2)) * scales.unsqueeze(2)
+    def _lost(self, scales: Tensor, zeros: Tensor, borders: Tensor) -> Tensor:
+        edges = (borders - zeros.unsqueeze(2)) * scales.unsqueeze(2)
         numbers = torch.round((edges - self.left.unsqueeze(2)) / self.width.unsqueeze(2)).clamp(0, self.bins).long()
         at = numbers.flatten(1)
         below, logs, held = (each.gather(1, at).view_as(edges) for each in (self.below, self.logs_below, self.held_below))
@@ -202,7 +203,7 @@ class _Entropies:
         spread = torch.where(piled > 0, piled * torch.log(mass / bins.clamp(min=1)), 0.0)  # -inf where something is piled on nothing
         kept = total - under - over
         lost = (own_logs - spread.sum(2)) / total - torch.log(total) + torch.log(kept)
-        told_apart = numbers[..., -1] - numbers[..., 0] >= len(codes) - 1
+        told_apart = numbers[..., -1] - numbers[..., 0] >= len(borders) - 1
         return torch.where(told_apart & (kept > 0), lost, torch.inf)
 
 
@@ -219,7 +220,7 @@ def error_of_values(values: Tensor, scales: Tensor, zeros: Tensor, spec: QuantSp
         for candidate in range(scales.shape[1]):
             scale = scales[start : start + rows, candidate].to(part.dtype).unsqueeze(1)
             zero = zeros[start : start + rows, candidate].to(part.dtype).unsqueeze(1)
-            torch.div(part, scale, out=code).round_().add_(zero).clamp_(spec.lowest, spec.highest).sub_(zero).mul_(scale)
+            nearest(torch.div(part, scale, out=code), spec.odd).add_(zero).clamp_(spec.lowest, spec.highest).sub_(zero).mul_(scale)
             errors[start : start + rows, candidate] = code.sub_(part).square_().sum(1)
     return errors
 

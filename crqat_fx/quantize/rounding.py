@@ -1,13 +1,13 @@
 """Rounding to the codes that exist, and its gradients: one autograd function, three ways to compute it.
 
-    code = clip(round(x / s) + z, lowest, highest)      round half to even, before z is added; a division, never a product with 1 / s
+    code = clip(nearest(x / s) + z, lowest, highest)    half to even, before z is added; a division, never a product with 1 / s
     y = (code - z) s
 
     dy/dx = 1 where a code exists for x, else 0
     dy/ds = code - z - (x / s where a code exists, else 0);       dy/dz = 0 where a code exists, else -s
 
-A code exists for x where round(x / s) + z needs no clipping. z is rounded first, with the gradient of what is not rounded; a gradient that
-would push z out of [lowest, highest] is zero.
+`nearest` gives a whole number, or of `odd` codes an odd one. A code exists for x where nearest(x / s) + z needs no clipping. z is rounded
+first, with the gradient of what is not rounded; a gradient that would push z out of [lowest, highest] is zero.
 
 With `clips` (there is no z then) the gradient is PACT's, that of clip(x, lowest s, highest s) before it is rounded: dy/dx = 1 within the
 ends, and dy/ds = code beyond them, else 0.
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from passes.fx.codes import nearest
+
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 17  # elements a thread takes at a time: few enough to stay in its cache, so many that calling torch costs little beside
@@ -44,12 +46,13 @@ Gradients = tuple[Tensor, Sum, Sum]
 
 @dataclass(frozen=True)
 class Grid:
-    """The codes, which axis has a scale of its own, and whether the gradient of the scale is PACT's."""
+    """The codes, which axis has a scale of its own, whether the gradient of the scale is PACT's, and whether codes are odd alone."""
 
     lowest: int
     highest: int
     axis: int | None = None
     clips: bool = False
+    odd: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,14 +256,14 @@ def _of_channels(blocks: list[Tensor], scale: Tensor) -> Tensor:
 # --- the plain form, compiled on CUDA ---
 
 
-def _plain_round(x: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int) -> Tensor:
-    return (torch.clamp(torch.round(x / scale) + zero, lowest, highest) - zero) * scale
+def _plain_round(x: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int, odd: bool) -> Tensor:
+    return (torch.clamp(nearest(x / scale, odd) + zero, lowest, highest) - zero) * scale
 
 
 def _plain_gradients(
-    dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int, clips: bool
+    dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, lowest: int, highest: int, clips: bool, odd: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    code = torch.round(x / scale) + zero
+    code = nearest(x / scale, odd) + zero
     inside = (x / scale > lowest) & (x / scale < highest) if clips else (code >= lowest) & (code <= highest)
     dx = torch.where(inside, dy, 0.0)
     level = torch.clamp(code, lowest, highest) - zero
@@ -278,11 +281,11 @@ def _in_three(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> tupl
 
 def _kernels_around(rounds: Callable[..., Tensor], gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Kernels:
     def forward(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-        return rounds(*_in_three(x, scale, zero, grid), grid.lowest, grid.highest).view(x.shape)
+        return rounds(*_in_three(x, scale, zero, grid), grid.lowest, grid.highest, grid.odd).view(x.shape)
 
     def backward(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, learns: bool, over: bool) -> Gradients:
         values, own, shift = _in_three(x, scale, zero, grid)
-        dx, slope, dz = gradients(dy.reshape(values.shape), values, own, shift, grid.lowest, grid.highest, grid.clips)
+        dx, slope, dz = gradients(dy.reshape(values.shape), values, own, shift, grid.lowest, grid.highest, grid.clips, grid.odd)
         return dx.view(x.shape), slope.view(scale.shape), None if zero is None else dz.view(scale.shape)
 
     return Kernels(forward, backward)
@@ -307,14 +310,14 @@ def _for_cuda() -> Kernels:
     return PLAIN
 
 
-def kernels_for(x: Tensor, axis: int | None) -> Kernels:
+def kernels_for(x: Tensor, grid: Grid) -> Kernels:
     if torch.compiler.is_compiling():
         return PLAIN
     if x.is_cuda:
         return _for_cuda()
     real = type(x) in (Tensor, nn.Parameter)  # a tensor of another class may stand for numbers that are not there
-    in_blocks = real and x.device.type == "cpu" and (axis is None or x.shape[axis + 1 :].numel() >= SHORTEST_ROW)
-    return BLOCKED if in_blocks else PLAIN
+    long = grid.axis is None or x.shape[grid.axis + 1 :].numel() >= SHORTEST_ROW
+    return BLOCKED if real and x.device.type == "cpu" and long and not grid.odd else PLAIN
 
 
 # --- the autograd function ---
@@ -398,7 +401,7 @@ def fake_quantize(
         grid = replace(grid, axis=0)
         scale, zero = scale.expand(len(factor)), None if zero is None else zero.expand(len(factor))
     own = [each if each is None or each.dtype == wide.dtype else each.to(wide.dtype) for each in (scale, zero, factor)]
-    chosen = kernels_for(wide, grid.axis) if kernels is None else kernels
+    chosen = kernels_for(wide, grid) if kernels is None else kernels
     y: Tensor = _FakeQuantize.apply(wide, *own, grid, gradient_scale, logarithm, over, chosen)  # type: ignore[no-untyped-call]
     if wide is x or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return y

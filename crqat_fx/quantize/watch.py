@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepared import Prepared
+from passes.fx.codes import nearest
 
 
 @contextmanager
@@ -87,6 +88,6 @@ def codes_of(quantizer: FakeQuantize, x: Tensor, factor: Tensor | None = None) -
         return value if axis is None else value.view([-1 if each == axis else 1 for each in range(x.ndim)])
 
     scaled = x.float() if factor is None else x.float() * along(factor)
-    codes = torch.round(scaled / along(quantizer.scale)) + along(quantizer.zero_points)
+    codes = nearest(scaled / along(quantizer.scale), quantizer.spec.odd) + along(quantizer.zero_points)
     inside = codes.clamp(quantizer.quant_min, quantizer.quant_max)
     return inside.to(torch.int16), (codes != inside).float().mean()

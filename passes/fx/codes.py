@@ -1,6 +1,6 @@
 """Integer codes and the values they stand for, as modules: what a lowered graph has in the place of quantizers.
 
-    codes = clip(round(x / scale) + zero_point, lowest, highest)        half to even; a division, which 1 / scale would not give
+    codes = clip(nearest(x / scale) + zero_point, lowest, highest)      a division, which 1 / scale would not give
     x'    = (codes - zero_point) scale
 
 Symmetric codes are int8, others uint8, and those of a bias int32. `OnCodes` runs on codes what torch has for floating numbers alone.
@@ -14,6 +14,11 @@ from passes.spec import QuantSpec
 
 def dtype_of(spec: QuantSpec) -> torch.dtype:
     return torch.int8 if spec.symmetric else torch.uint8
+
+
+def nearest(levels: Tensor, odd: bool = False) -> Tensor:
+    """Rounds in place to whole numbers, half to even, or to odd ones, half up."""
+    return levels.div_(2).floor_().mul_(2).add_(1) if odd else levels.round_()
 
 
 class _Steps(nn.Module):
@@ -47,7 +52,7 @@ class Quantize(_Steps):
         # laid out as a quantizer that is trained leaves it: kernels of torch sum in an order that follows the layout
         last = x.ndim == 4 and self.axis is None and x.is_contiguous(memory_format=torch.channels_last)
         x = x if last else x.contiguous()
-        levels = torch.div(x, self.spread(self.scale, x.ndim)).round_()
+        levels = nearest(torch.div(x, self.spread(self.scale, x.ndim)), self.spec.odd)
         return levels.add_(self.spread(self.zero_point, x.ndim)).clamp_(self.lowest, self.highest).to(self.dtype)
 
     def extra_repr(self) -> str:
@@ -86,5 +91,5 @@ class OnCodes(nn.Module):
 
 
 def _described(spec: QuantSpec | None, axis: int | None) -> str:
-    of = "bias" if spec is None else f"{spec.bits} bit{', symmetric' if spec.symmetric else ''}"
+    of = "bias" if spec is None else f"{spec.bits} bit{', symmetric' if spec.symmetric else ''}{', odd' if spec.odd else ''}"
     return of if axis is None else f"{of}, axis {axis}"
