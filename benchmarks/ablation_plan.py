@@ -178,10 +178,11 @@ TRAINED = (
     Block("4-8-8-int", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
     Block("4-4-8", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
     Block(HEADLINE, tuple(SCALES)),
-    Block("3-3-8", tuple(SCALES)[1:]),
-    Block("4-4-8", tuple(SCALES)[1:]),
     Block(f"{HEADLINE}-ch", ("ptq-omse", "qat", "cr-qat")),
     Block("3-3-8-ch", ("ptq-omse", "qat", "cr-qat")),
+    Block(f"{HEADLINE}-odd", ("ptq-omse", PTQ_CORRECTED, "cr-qat-correct-decay", "cr-qat-correct-decay-scales")),
+    Block("3-3-8", tuple(SCALES)[1:]),
+    Block("4-4-8", tuple(SCALES)[1:]),
 )
 
 
