@@ -180,9 +180,7 @@ TRAINED = (
     Block(HEADLINE, tuple(SCALES)),
     Block(f"{HEADLINE}-ch", ("ptq-omse", "qat", "cr-qat")),
     Block("3-3-8-ch", ("ptq-omse", "qat", "cr-qat")),
-    Block(f"{HEADLINE}-odd", ("ptq-omse", PTQ_CORRECTED, "cr-qat-correct-decay", "cr-qat-correct-decay-scales")),
-    Block("3-3-8", tuple(SCALES)[1:]),
-    Block("4-4-8", tuple(SCALES)[1:]),
+    Block(f"{HEADLINE}-odd", ("ptq-omse", PTQ_CORRECTED, *PLUS)),
 )
 
 

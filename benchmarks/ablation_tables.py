@@ -82,20 +82,20 @@ PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
             ("cr-qat-correct-decay", "qat-correct-decay"),
         )
     ],
-    "What scales that learn faster do": [
-        *_at(HEADLINE, ("qat-correct-decay-scales", "qat-correct-decay"), ("cr-qat-correct-decay-scales", "qat-correct-decay-scales")),
-        *(
-            (f"{recipe}/cr-qat-correct-decay-scales", f"{recipe}/{other}")
-            for recipe in WIDTHS
-            for other in ("cr-qat-correct-decay", "cr-qat", "qat")
-        ),
-    ],
+    "What scales that learn faster do": _at(
+        HEADLINE,
+        *((name, name.removesuffix("-scales")) for name in SCALES),
+        ("cr-qat-correct-decay-scales", "qat-correct-decay-scales"),
+        ("cr-qat-correct-decay-scales", "cr-qat"),
+    ),
     "What a scale per channel of activations does": [
         pair for recipe in (HEADLINE, "3-3-8") for pair in _between(f"{recipe}-ch", recipe, "ptq-omse", "qat", "cr-qat")
     ],
-    "What odd weights do": _between(
-        f"{HEADLINE}-odd", HEADLINE, "ptq-omse", PTQ_CORRECTED, "cr-qat-correct-decay", "cr-qat-correct-decay-scales"
-    ),
+    "What odd weights do": [
+        *_between(f"{HEADLINE}-odd", HEADLINE, "ptq-omse", PTQ_CORRECTED, *PLUS),
+        *_at(f"{HEADLINE}-odd", tuple(reversed(PLUS))),
+        (f"{HEADLINE}-odd/cr-qat-correct-decay", f"{HEADLINE}/cr-qat"),
+    ],
     "What integers cost": [
         *_between(f"4-8-8-int/{INTEGERS}", "4-8-8", "ptq-omse", "qat", "cr-qat"),
         *_between(f"4-4-8/{INTEGERS}", "4-4-8", "ptq-omse", "qat", "cr-qat"),
@@ -212,8 +212,8 @@ def _sections(results: Mapping[str, Result]) -> Iterator[str]:
         yield from _pairs(results, title, pairs)
     for recipe in (f"{HEADLINE}-ch", "3-3-8-ch"):
         yield from _section(f"Activations a scale per channel, {recipe}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"]), "qat")
-    odd = rows(results, f"{HEADLINE}-odd", ["ptq-omse", PTQ_CORRECTED, *PLUS, *SCALES])
-    yield from _section(f"Weights of odd codes, {HEADLINE}-odd", odd, "cr-qat-correct-decay")
+    odd = rows(results, f"{HEADLINE}-odd", ["ptq-omse", PTQ_CORRECTED, *PLUS])
+    yield from _section(f"Weights of odd codes, {HEADLINE}-odd", odd, PLUS[0])
     for recipe, target in (("4-8-8", PUBLISHED), ("4-8-8-int", INTEGERS), ("4-4-8", INTEGERS)):
         yield from _section(f"{recipe}, {target}", rows(results, recipe, ["ptq-omse", "qat", "cr-qat"], target), "qat")
 
