@@ -49,6 +49,7 @@ from crqat_fx.quantize.calibrate import calibrate, picture_batches
 from crqat_fx.quantize.prepare import load_prepared, prepare
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.runlog import LOG
+from crqat_fx.settings import resolve
 from crqat_fx.torch_detector import TorchDetector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +135,7 @@ def trained(cell: Cell, prepared: Prepared, task: ShapesTask) -> tuple[Prepared,
 
 def settings_of(cell: Cell, task: ShapesTask) -> QatSettings:
     given: dict[str, Any] = {name: value for name, value in cell.settings.items() if name not in (*MEASURED, *OF_PREPARATION)}
-    return QatSettings(**given, size=task.size, seed=cell.seed, threads=1)
+    return resolve(QatSettings, {**given, "size": task.size, "seed": cell.seed, "threads": 1}).values
 
 
 def columns(lines: list[Mapping[str, float]]) -> dict[str, tuple[float | None, ...]]:
@@ -211,6 +212,8 @@ def run_cells(folder: Path, only: str, jobs: int) -> bool:
             results = read_results(folder)
             cells = plan(results)
             refuse_other_settings(cells, results, folder)
+            if not any(fnmatch.fnmatch(cell.name, only) for cell in cells):
+                raise UserError(f"no cell is called {only!r}", where="--only", remedy="see them with --list")
             busy = {cell.name for cell in running.values()} | failed
             missing = [cell for cell in cells if cell.name not in results and cell.name not in busy and fnmatch.fnmatch(cell.name, only)]
             running |= {pool.submit(run_cell, cell): cell for cell in missing[: jobs - len(running)]}
@@ -244,13 +247,18 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}: give 1 or more")
     if options.quick:
         for cell in quick_cells():
             tell(run_cell(cell))
         return 0
     if options.trial is not None:
         name, *changes = options.trial
-        tell(run_cell(trial_cell(name, changes, read_results(options.results))))
+        cell = trial_cell(name, changes, read_results(options.results))
+        if cell.trained:
+            settings_of(cell, drawn_task())  # refuses what is none before anything is prepared
+        tell(run_cell(cell))
         return 0
     if options.list:
         results = read_results(options.results)
@@ -271,4 +279,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

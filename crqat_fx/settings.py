@@ -97,10 +97,24 @@ def _converted(name: str, value: Any, hint: Any, where: object) -> Any:
             return Path(value)
         if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
             return value
-    literals = [str(item) for choice in choices if typing.get_origin(choice) is typing.Literal for item in typing.get_args(choice)]
+    literals = [str(word) for word in _words(hint)]
     kinds = [getattr(choice, "__name__", str(choice)) for choice in choices if choice is not type(None)]
     wanted = f"one of {', '.join(literals)}" if literals else " or ".join(kinds)
     raise UserError(f"{name} is {value!r}", where=where, remedy=f"give {wanted}")
+
+
+def refuse_other_words(settings: Any) -> None:
+    """Of a field that takes one of some words, any other: settings that a program makes do not come through `resolve`."""
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        words, value = _words(hint), getattr(settings, name)
+        if words and value is not None and value not in words:
+            raise UserError(f"{name} is {value!r}", remedy=f"give one of {', '.join(map(str, words))}")
+
+
+def _words(hint: Any) -> tuple[Any, ...]:
+    """Those of a Literal, alone or in a union."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return tuple(word for choice in choices if typing.get_origin(choice) is typing.Literal for word in typing.get_args(choice))
 
 
 def _plain(value: Any) -> Any:

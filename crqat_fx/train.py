@@ -40,7 +40,7 @@ from crqat_fx.losses import Losses, detection_loss
 from crqat_fx.models.yolo_world import YoloWorld
 from crqat_fx.progress import Progress
 from crqat_fx.runlog import DETAILS, LOG, RunLog, lines_of
-from crqat_fx.settings import Resolved
+from crqat_fx.settings import Resolved, refuse_other_words
 from crqat_fx.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class LoopSettings:
     save_every: int = 500
 
     def __post_init__(self) -> None:
+        refuse_other_words(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):

@@ -157,6 +157,9 @@ def test_a_trial_is_a_cell_of_another_seed_with_settings_changed():
         name, *changes = asked.split()
         with pytest.raises(UserError, match=what):
             ablation_plan.trial_cell(name, changes, COMMITTED)
+    for change, what in (("steps=abc", "steps is 'abc'; give int"), ("schedule=cosine", "give one of linear, constant")):
+        with pytest.raises(UserError, match=what):
+            ablation.settings_of(ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", [change], COMMITTED), ablation.drawn_task())
     with pytest.raises(UserError, match="not tuned yet"):
         ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", [], {})
 
@@ -267,6 +270,8 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_short_is(tmp_path, two_c
 def test_only_what_is_asked_for_is_run(tmp_path, two_cells):
     assert ablation.run_cells(tmp_path, "fp32/*", jobs=1)
     assert list(ablation.read_results(tmp_path)) == [two_cells[0].name]
+    with pytest.raises(UserError, match="no cell is called 'fp23/"):
+        ablation.run_cells(tmp_path, "fp23/*", jobs=1)
 
 
 def test_a_result_of_another_plan_is_refused(tmp_path, two_cells):

@@ -747,6 +747,22 @@ def test_cr_qat_plus_is_all_that_it_is_made_of(tmp_path: Path, name: str, value:
         resolve(QatSettings, {"method": "cr-qat-plus"}, tmp_path / "settings.yaml")
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("method", "cr-qat, cr-qat-plus"),
+        ("schedule", "linear, constant"),
+        ("relations", "full, region-text"),
+        ("norm", "train, frozen"),
+        ("precision", "fp32, bf16"),
+    ],
+)
+def test_a_word_that_a_setting_does_not_know_is_refused_where_a_program_gives_it(name: str, known: str) -> None:
+    given: dict[str, Any] = {name: "other"}
+    with pytest.raises(UserError, match=f"^{name} is 'other'; give one of {known}"):
+        QatSettings(**given)
+
+
 def test_phases_of_ones_own_take_what_they_leave_out_from_the_settings() -> None:
     phase = {"quantized": BOTH, "trained": BOTH}
     (found,) = QatSettings(method="cr-qat-plus", phases=(phase,), ema=0.3, recalibrate=False).plan((BACKBONE, NECK_HEAD))
