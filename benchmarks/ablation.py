@@ -5,7 +5,7 @@ python benchmarks/ablation.py [--jobs 2] [--only 'GLOB'] [--list] [--render] [--
 Cells run in the order of their worth, each in one thread; a cell's result is a file, RESULTS/RECIPE/TARGET/VARIANT.SEED.json. What is
 there is not run again, so that a run goes on where it stopped; to run a cell again, delete its file. --only runs the cells whose name
 matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. --trial runs one on a seed that counts
-nowhere, with settings changed, and keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 6 to 10 hours of one core.
+nowhere, with settings changed, and keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core.
 """
 
 import os
