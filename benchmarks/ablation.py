@@ -49,7 +49,6 @@ from crqat_fx.quantize.calibrate import calibrate, picture_batches
 from crqat_fx.quantize.prepare import load_prepared, prepare
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.runlog import LOG
-from crqat_fx.settings import resolve
 from crqat_fx.torch_detector import TorchDetector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +134,7 @@ def trained(cell: Cell, prepared: Prepared, task: ShapesTask) -> tuple[Prepared,
 
 def settings_of(cell: Cell, task: ShapesTask) -> QatSettings:
     given: dict[str, Any] = {name: value for name, value in cell.settings.items() if name not in (*MEASURED, *OF_PREPARATION)}
-    return resolve(QatSettings, {**given, "size": task.size, "seed": cell.seed, "threads": 1}).values
+    return QatSettings(**given, size=task.size, seed=cell.seed, threads=1)
 
 
 def columns(lines: list[Mapping[str, float]]) -> dict[str, tuple[float | None, ...]]:
@@ -213,7 +212,7 @@ def run_cells(folder: Path, only: str, jobs: int) -> bool:
             cells = plan(results)
             refuse_other_settings(cells, results, folder)
             if not any(fnmatch.fnmatch(cell.name, only) for cell in cells):
-                raise UserError(f"no cell is called {only!r}", where="--only", remedy="see them with --list")
+                raise UserError(f"no cell is called {only!r}", where="--only", remedy="see them with --list; more follow tuning")
             busy = {cell.name for cell in running.values()} | failed
             missing = [cell for cell in cells if cell.name not in results and cell.name not in busy and fnmatch.fnmatch(cell.name, only)]
             running |= {pool.submit(run_cell, cell): cell for cell in missing[: jobs - len(running)]}
@@ -257,7 +256,7 @@ def main() -> int:
         name, *changes = options.trial
         cell = trial_cell(name, changes, read_results(options.results))
         if cell.trained:
-            settings_of(cell, drawn_task())  # refuses what is none before anything is prepared
+            settings_of(cell, drawn_task())  # refuses what makes no sense before anything is prepared
         tell(run_cell(cell))
         return 0
     if options.list:

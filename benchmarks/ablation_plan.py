@@ -247,19 +247,28 @@ def trial_cell(name: str, changes: Sequence[str], results: Mapping[str, Result])
     if settings is None:
         raise UserError("the settings are not tuned yet", remedy="run the cells of tuning/ first")
     cell = cell_of(recipe, target, variant, TRIAL_SEED, settings)
-    known = {*cell.settings, *(key for own in TRAININGS.values() for key in own if cell.trained)}
+    others = TRAININGS.values() if cell.trained else ()
+    known = {key: value for own in (*others, cell.settings) for key, value in own.items()}
     for setting in changed:
         if setting not in known:
             raise UserError(f"unknown setting {setting!r}", remedy=f"choose among {', '.join(sorted(known))}")
-    return replace(cell, name=f"trial/{asked}", settings={**cell.settings, **{key: _value(text) for key, text in changed.items()}})
+    values = {setting: _value(setting, text, known[setting]) for setting, text in changed.items()}
+    return replace(cell, name=f"trial/{asked}", settings={**cell.settings, **values})
 
 
-def _value(text: str) -> Value:
+def _value(setting: str, text: str, known: Value) -> Value:
+    """What a trial gives a setting, of the kind that it has."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        return text
-    return tuple(value) if isinstance(value, list) else value
+        value = text
+    if isinstance(known, float) and type(value) is int:
+        value = float(value)
+    if isinstance(value, list) and isinstance(known, tuple):
+        value = tuple(value)
+    if type(value) is not type(known):
+        raise UserError(f"{setting} is {text}", remedy=f"give it as it is known: {json.dumps(known)}")
+    return value
 
 
 def quick_cells() -> list[Cell]:

@@ -68,6 +68,7 @@ PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
         *(pair for recipe in WIDTHS for pair in _at(recipe, (PTQ_CORRECTED, "ptq-omse"))),
         *_at(HEADLINE, *((f"{name}-correct{decay}", f"{name}{decay}") for name in ("qat", "cr-qat") for decay in ("", "-decay"))),
     ],
+    "What a short first stage does": _at(HEADLINE, ("cr-qat-short", "cr-qat"), ("cr-qat-short-decay", "cr-qat-decay")),
     "What the decay does": _at(
         HEADLINE, *((f"{name}-decay", name) for name in ("qat", "kd", "cr-qat", "cr-qat-short", "qat-correct", "cr-qat-correct"))
     ),

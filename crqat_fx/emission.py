@@ -293,10 +293,10 @@ class _Emitter:
 
 def _quantize(e: _Emitter, name: str, module: Quantize, x: ir.Value) -> ir.Value:
     assert e.at is not None
+    if module.spec.odd:  # QuantizeLinear rounds to all whole numbers; a weight's codes are stored, and need none
+        raise e._refused("a quantizer of odd codes")
     codes = name if CODES in name else f"{name}{CODES}"
     inputs = [x, *_steps(e, f"{e.at.target}.", module)]
-    if module.spec.odd:  # a weight's, which is stored
-        raise e._refused("a quantizer of odd codes")
     whole = np.iinfo(np.int8 if module.dtype == torch.int8 else np.uint8)
     attributes = {} if module.axis is None else {"axis": module.axis}
     if (module.lowest, module.highest) == (whole.min, whole.max):

@@ -107,7 +107,7 @@ def refuse_other_words(settings: Any) -> None:
     """Of a field that takes one of some words, any other: settings that a program makes do not come through `resolve`."""
     for name, hint in typing.get_type_hints(type(settings)).items():
         words, value = _words(hint), getattr(settings, name)
-        if words and value is not None and value not in words:
+        if words and value not in words:
             raise UserError(f"{name} is {value!r}", remedy=f"give one of {', '.join(map(str, words))}")
 
 

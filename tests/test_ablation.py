@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -157,9 +158,13 @@ def test_a_trial_is_a_cell_of_another_seed_with_settings_changed():
         name, *changes = asked.split()
         with pytest.raises(UserError, match=what):
             ablation_plan.trial_cell(name, changes, COMMITTED)
-    for change, what in (("steps=abc", "steps is 'abc'; give int"), ("schedule=cosine", "give one of linear, constant")):
-        with pytest.raises(UserError, match=what):
-            ablation.settings_of(ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", [change], COMMITTED), ablation.drawn_task())
+    for change in ("steps=abc", "evaluated=2.5", "calibration=true", "rate=fast", "shares=1"):
+        with pytest.raises(UserError, match=f"{change.replace('=', ' is ')}; give it as it is known"):
+            ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", [change], COMMITTED)
+    assert ablation_plan.trial_cell("2-2-8/conv-inputs/qat", ["quantizer_rate=5"], COMMITTED).settings["quantizer_rate"] == 5.0
+    unknown = ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", ["schedule=cosine"], COMMITTED)
+    with pytest.raises(UserError, match="give one of linear, constant"):
+        ablation.settings_of(unknown, ablation.drawn_task())
     with pytest.raises(UserError, match="not tuned yet"):
         ablation_plan.trial_cell("2-2-8/conv-inputs/cr-qat", [], {})
 
@@ -272,6 +277,15 @@ def test_only_what_is_asked_for_is_run(tmp_path, two_cells):
     assert list(ablation.read_results(tmp_path)) == [two_cells[0].name]
     with pytest.raises(UserError, match="no cell is called 'fp23/"):
         ablation.run_cells(tmp_path, "fp23/*", jobs=1)
+
+
+@pytest.mark.parametrize("arguments", [("--only", "fp23/*"), ("--trial", "crqat"), ("--jobs", "0")])
+def test_bad_input_is_told_and_ends_with_2(tmp_path, arguments):
+    script = Path(ablation.__file__)
+    told = subprocess.run([sys.executable, script, *arguments, "--results", tmp_path], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert "Traceback" not in told.stderr
+    assert arguments[1] in told.stderr
 
 
 def test_a_result_of_another_plan_is_refused(tmp_path, two_cells):

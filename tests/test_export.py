@@ -31,7 +31,7 @@ from crqat_fx.model_files import open_model
 from crqat_fx.models.yolo_world import YoloWorld, decode_boxes, flatten_levels
 from crqat_fx.onnx_cuts import cut
 from crqat_fx.quantize.calibrate import calibrate
-from crqat_fx.quantize.prepare import prepare
+from crqat_fx.quantize.prepare import load_prepared, prepare
 from crqat_fx.quantize.prepared import Prepared
 from crqat_fx.recording import record_lowered
 from crqat_fx.torch_detector import TorchDetector
@@ -249,6 +249,9 @@ def test_odd_codes_are_stored_in_4_bits_and_give_what_the_model_computes(tmp_pat
     assert packed.data_type == onnx.TensorProto.INT4
     assert np.unique(onnx.numpy_helper.to_array(packed).astype(int)).tolist() == [-3, -1, 1, 3]
     equal(run(file.path, {"images": picture(1)}), levels(lower(made, TEXTS).graph, picture(1)))
+    made.save(tmp_path / "odd.pt")
+    again = load_prepared(tmp_path / "odd.pt")
+    equal(levels(again.graph.eval(), picture(1), EMBEDDINGS), levels(made.graph.eval(), picture(1), EMBEDDINGS))
 
 
 def test_a_model_whose_norms_are_corrected_is_exported_as_it_computes(tmp_path: Path):

@@ -375,6 +375,16 @@ def test_a_calibrated_quantizer_yields_its_codes_and_no_other(bits: int, symmetr
     assert (quantizer(x) - x).abs().max() <= quantizer.scale * 1.001  # half a step, and half of one that the whole zero point moved
 
 
+@pytest.mark.parametrize("axis", [0, None])
+def test_odd_codes_of_a_tensor_of_zeros_are_next_to_nothing(axis: int | None) -> None:
+    x = torch.zeros(4, 8, 3, 3)
+    assert prepared(QuantSpec(2, True, axis, odd=True), x)(x).abs().max() < 1e-6
+    x[1] = 1.0
+    rounded = prepared(QuantSpec(2, True, 0, odd=True), x)(x)
+    assert rounded[[0, 2, 3]].abs().max() < 1e-6
+    torch.testing.assert_close(rounded[1], x[1])
+
+
 def test_odd_codes_lie_evenly_around_zero_and_lose_less_than_those_that_do_not() -> None:
     x = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     odd, even = (prepared(QuantSpec(2, True, 0, odd=odd), x) for odd in (True, False))

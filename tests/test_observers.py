@@ -160,6 +160,16 @@ def test_the_entropy_lost_is_the_divergence_of_the_definition() -> None:
         assert entropies.lost(scale, zero, spec).item() == pytest.approx(divergence(counts, 0, last, 8), rel=1e-9)
 
 
+def test_the_entropy_lost_by_odd_codes_is_that_of_their_cells() -> None:
+    histogram = StreamingHistogram(1, 64, torch.device("cpu"))
+    histogram.add(torch.rand(1, 1, 5000, generator=seed()) ** 2 * 64, torch.tensor([0.0]), torch.tensor([63.5]))
+    entropies = range_search._Entropies(histogram)
+    for last in (64, 40, 16):  # eight cells of two steps each, from 0 to `last`, and of one step
+        odd = entropies.lost(torch.full((1, 1), last / 16.0).double(), torch.full((1, 1), -8.0).double(), QuantSpec(3, True, odd=True))
+        even = entropies.lost(torch.full((1, 1), last / 8.0).double(), torch.full((1, 1), -0.5).double(), QuantSpec(3))
+        assert odd.item() == even.item()
+
+
 def test_entropy_gives_up_a_lone_outlier_and_keeps_a_dense_range() -> None:
     x = torch.randn(200_000, generator=seed())
     _, highest = watched("entropy", QuantSpec(8), torch.cat([x, torch.tensor([60.0])]))._range()

@@ -5,8 +5,8 @@
     training statistics:     y = BatchNorm(conv(x, Q(k W) / k) + b)                     one convolution; the batch's statistics
 
 R is what an integer kernel does to a bias (`crqat_fx.quantize.integer_bias`). A channel whose gamma is 0 is learned through its float
-weight while statistics are trained: there is nothing to divide by, and an export stores zeros for it whichever weight was taken. `frozen`
-statistics stay as they are, also after `.train()`.
+weight while statistics are trained: there is nothing to divide by, and an export stores zeros for it whichever weight was taken (of odd
+codes, next to nothing). `frozen` statistics stay as they are, also after `.train()`.
 
 `ratio` r and `shift` t, one a channel, correct what quantization did to a channel's deviation and mean (`crqat_fx.correct_norms`): 1 and 0
 unless they were set, and while the weight's quantizer is off.

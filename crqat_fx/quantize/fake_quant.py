@@ -1,6 +1,6 @@
 """Learnable quantizers as modules: LSQ (symmetric), LSQ+ (asymmetric, a learned whole zero point), PACT, and a scale that is fixed.
 
-    code = clip(nearest(x / s) + z, lowest, highest),   value = (code - z) s
+    code = clip(nearest(x / s) + z, lowest, highest),   value = (code - z) s        nearest: a whole number, or an odd one
 
 What is learned is log s, so that a scale is positive whatever the optimizer does, and z, which is kept in [lowest, highest]. Both gradients
 are LSQ's, scaled by g = 1 / sqrt(N highest): N counts the weights that the scale serves, or an activation's elements of one sample.

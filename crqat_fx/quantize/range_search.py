@@ -24,7 +24,8 @@ ELEMENTS = 1 << 21  # what one step of a search may hold
 
 
 def quantization(lowest: Tensor, highest: Tensor, spec: QuantSpec, smallest: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and whole zero point, float64, for codes that span the range and zero with it: what is exactly zero stays so."""
+    """Scale and whole zero point, float64, for codes that span the range and zero with it: what is exactly zero stays so, but where codes
+    are odd."""
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     if spec.symmetric:
         scale = torch.maximum(torch.maximum(highest / spec.highest, lowest / spec.lowest), smallest)
@@ -34,10 +35,10 @@ def quantization(lowest: Tensor, highest: Tensor, spec: QuantSpec, smallest: Ten
 
 
 def smallest_scale(lowest: Tensor, highest: Tensor, spec: QuantSpec) -> Tensor:
-    """What no channel's scale falls below, from the ends of all channels; 1 for a tensor of zeros."""
+    """What no channel's scale falls below, from the ends of all channels; of zeros alone 1, or where no code is 0 next to nothing."""
     scales, _ = quantization(lowest.double(), highest.double(), spec, lowest.new_zeros((), dtype=torch.float64))
     largest = scales.max()
-    return torch.where(largest > 0, largest * FLAT, 1.0)
+    return torch.where(largest > 0, largest * FLAT, FLAT if spec.odd else 1.0)
 
 
 def least_error(error: Callable[[Tensor, Tensor], Tensor], ends: Ends, spec: QuantSpec, doubt: Tensor | float = 0.0) -> Ends:

@@ -1,13 +1,13 @@
 """Rounding to the codes that exist, and its gradients: one autograd function, three ways to compute it.
 
-    code = clip(nearest(x / s) + z, lowest, highest)    half to even, before z is added; a division, never a product with 1 / s
+    code = clip(nearest(x / s) + z, lowest, highest)    before z is added; a division, never a product with 1 / s
     y = (code - z) s
 
     dy/dx = 1 where a code exists for x, else 0
     dy/ds = code - z - (x / s where a code exists, else 0);       dy/dz = 0 where a code exists, else -s
 
-`nearest` gives a whole number, or of `odd` codes an odd one. A code exists for x where nearest(x / s) + z needs no clipping. z is rounded
-first, with the gradient of what is not rounded; a gradient that would push z out of [lowest, highest] is zero.
+`nearest` gives a whole number, half to even, or of `odd` codes an odd one, half up. A code exists for x where nearest(x / s) + z needs no
+clipping. z is rounded first, with the gradient of what is not rounded; a gradient that would push z out of [lowest, highest] is zero.
 
 With `clips` (there is no z then) the gradient is PACT's, that of clip(x, lowest s, highest s) before it is rounded: dy/dx = 1 within the
 ends, and dy/ds = code beyond them, else 0.
@@ -316,8 +316,10 @@ def kernels_for(x: Tensor, grid: Grid) -> Kernels:
     if x.is_cuda:
         return _for_cuda()
     real = type(x) in (Tensor, nn.Parameter)  # a tensor of another class may stand for numbers that are not there
+    if grid.odd:  # of weights alone, which are small beside activations
+        return PLAIN
     long = grid.axis is None or x.shape[grid.axis + 1 :].numel() >= SHORTEST_ROW
-    return BLOCKED if real and x.device.type == "cpu" and long and not grid.odd else PLAIN
+    return BLOCKED if real and x.device.type == "cpu" and long else PLAIN
 
 
 # --- the autograd function ---
