@@ -278,7 +278,9 @@ def _of_name(results: Mapping[str, Result], name: str) -> Row | None:
 
 def less(name: str, other: str) -> str:
     (place, variant), (other_place, other_variant) = (each.rsplit("/", 1) for each in (name, other))
-    return f"{place}: {variant} less {other_variant}" if place == other_place else f"{variant}: {place} less {other_place}"
+    if place == other_place:
+        return f"{place}: {variant} less {other_variant}"
+    return f"{variant}: {place} less {other_place}" if variant == other_variant else f"{name} less {other}"
 
 
 def _section(title: str, found: list[Row], reference: str) -> Iterator[str]:

@@ -213,6 +213,7 @@ def test_tables_show_means_errors_and_what_wins():
             assert f"| {less(own, other)} | 5 | " in text
     assert "| 2-2-8: cr-qat less cqat | 5 | +4.0 ± 0.0* |" in text
     assert "| cr-qat: 4-8-8-int/ort less 4-8-8 | 5 | +0.0 ± 0.0 |" in text
+    assert "| 2-2-8-odd/cr-qat-correct-decay less 2-2-8/cr-qat | 5 | -4.0 ± 0.0* |" in text
 
 
 def test_tables_of_a_part_show_that_part():
