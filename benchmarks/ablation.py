@@ -211,10 +211,11 @@ def run_cells(folder: Path, only: str, jobs: int) -> bool:
             results = read_results(folder)
             cells = plan(results)
             refuse_other_settings(cells, results, folder)
-            if not any(fnmatch.fnmatch(cell.name, only) for cell in cells):
+            asked = [cell for cell in cells if fnmatch.fnmatch(cell.name, only)]
+            if not asked:
                 raise UserError(f"no cell is called {only!r}", where="--only", remedy="see them with --list; more follow tuning")
             busy = {cell.name for cell in running.values()} | failed
-            missing = [cell for cell in cells if cell.name not in results and cell.name not in busy and fnmatch.fnmatch(cell.name, only)]
+            missing = [cell for cell in asked if cell.name not in results and cell.name not in busy]
             running |= {pool.submit(run_cell, cell): cell for cell in missing[: jobs - len(running)]}
             if not running:
                 return not failed

@@ -85,11 +85,9 @@ CORRECTED: Mapping[str, Settings] = {
     "cr-qat-correct": {"method": "cr-qat", "correct_norms": True},
     "cr-qat-correct-decay": {"method": "cr-qat", "correct_norms": True, "schedule": "linear"},
 }
-# and scales that learn: a tenth of the rate moves them by 2% in all
-SCALES: Mapping[str, Settings] = {
-    f"{name}-scales": {**CORRECTED[name], "quantizer_rate": 5.0} for name in ("qat-correct-decay", "cr-qat-correct-decay")
-}
 PLUS = ("qat-correct-decay", "cr-qat-correct-decay")  # the method that came of it, and its rival without a curriculum: at the other widths
+# and scales that learn: a tenth of the rate moves them by 2% in all
+SCALES: Mapping[str, Settings] = {f"{name}-scales": {**CORRECTED[name], "quantizer_rate": 5.0} for name in PLUS}
 PAST: Mapping[str, Settings] = {
     "qat-decay": {"method": "qat", "schedule": "linear"},
     "kd-decay": {"method": "kd", "schedule": "linear"},

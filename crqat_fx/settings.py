@@ -84,7 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _converted(name: str, value: Any, hint: Any, where: object) -> Any:
     """The value as the field's type, or a UserError: YAML and flags both come through here, so a wrong type is caught in one place."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    choices = _choices(hint)
     for choice in choices:
         origin = typing.get_origin(choice) or choice
         if origin is typing.Literal and value in typing.get_args(choice):
@@ -113,8 +113,12 @@ def refuse_other_words(settings: Any) -> None:
 
 def _words(hint: Any) -> tuple[Any, ...]:
     """Those of a Literal, alone or in a union."""
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return tuple(word for choice in choices if typing.get_origin(choice) is typing.Literal for word in typing.get_args(choice))
+    return tuple(word for choice in _choices(hint) if typing.get_origin(choice) is typing.Literal for word in typing.get_args(choice))
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """Those of a union; of another type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _plain(value: Any) -> Any:

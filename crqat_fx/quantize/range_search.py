@@ -180,10 +180,11 @@ class _Entropies:
         self.held_below = _from_left((self.counts > 0).double())
 
     def lost(self, scales: Tensor, zeros: Tensor, spec: QuantSpec) -> Tensor:
-        codes = torch.arange(spec.lowest, spec.highest + spec.step + 1, spec.step, dtype=torch.float64, device=scales.device)
-        per_step = max(1, ELEMENTS // (len(codes) * len(scales)))
+        half = spec.step / 2
+        borders = torch.arange(spec.lowest - half, spec.highest + spec.step, spec.step, dtype=torch.float64, device=scales.device)
+        per_step = max(1, ELEMENTS // (len(borders) * len(scales)))
         steps = zip(scales.split(per_step, 1), zeros.split(per_step, 1), strict=True)
-        return torch.cat([self._lost(scale, zero, codes - spec.step / 2) for scale, zero in steps], 1)
+        return torch.cat([self._lost(scale, zero, borders) for scale, zero in steps], 1)
 
     def _lost(self, scales: Tensor, zeros: Tensor, borders: Tensor) -> Tensor:
         edges = (borders - zeros.unsqueeze(2)) * scales.unsqueeze(2)
