@@ -1,11 +1,12 @@
 """Does the published ablation hold? Every method at every width, its parts, and what comes after it, by benchmarks/results/protocol.md.
 
-python benchmarks/ablation.py [--jobs 2] [--only 'GLOB'] [--list] [--render] [--quick] [--trial CELL NAME=VALUE] [--results FOLDER]
+python benchmarks/ablation.py [--jobs N] [--only GLOB ...] [--list | --render | --again | --quick | --trial CELL ...] [--results FOLDER]
 
 Cells run in the order of their worth, each in one thread; a cell's result is a file, RESULTS/RECIPE/TARGET/VARIANT.SEED.json. What is
 there is not run again, so that a run goes on where it stopped; to run a cell again, delete its file. --only runs the cells whose name
-matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. --trial runs one on a seed that counts
-nowhere, with settings changed, and keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core.
+matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. --again runs them beside what is there, in
+RESULTS-again: kernels of another processor round otherwise. --trial runs one on a seed that counts nowhere, with settings changed, and
+keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core.
 """
 
 import os
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +103,7 @@ def run_cell(cell: Cell) -> Result:
         distortion={"region_text": drift.region_text.as_dict(), "region_region": drift.region_region.as_dict()},
         log=log,
         seconds={"prepared and trained": round(finished - started, 1), "measured": round(time.process_time() - finished, 1)},
-        versions={"crqat-fx": crqat_fx.__version__, "commit": commit(), "torch": torch.__version__, "python": sys.version.split()[0]},
+        versions=versions(),
     )
 
 
@@ -150,6 +151,17 @@ def int_of(cell: Cell, name: str) -> int:
     return value
 
 
+def versions() -> dict[str, str]:
+    """What a result hangs on beside its cell. `processor`: the kernels that torch takes on it, which do not round alike."""
+    return {
+        "crqat-fx": crqat_fx.__version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
 @functools.cache
 def commit() -> str:
     """The last that changed the library, `+` after it where there are changes beside."""
@@ -192,6 +204,11 @@ def read_results(folder: Path) -> dict[str, Result]:
     return found
 
 
+def again_in(folder: Path) -> Path:
+    """Where the results of --again are kept."""
+    return folder.with_name(f"{folder.name}-again")
+
+
 def refuse_other_settings(cells: Iterable[Cell], results: Mapping[str, Result], folder: Path) -> None:
     """A result counts for its cell alone: one of an earlier plan must not pass for another."""
     for cell in cells:
@@ -202,8 +219,13 @@ def refuse_other_settings(cells: Iterable[Cell], results: Mapping[str, Result], 
 # --- running ---
 
 
-def run_cells(folder: Path, only: str, jobs: int) -> bool:
+def is_asked(cell: Cell, only: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(cell.name, glob) for glob in only)
+
+
+def run_cells(folder: Path, only: Sequence[str], jobs: int, again: bool = False) -> bool:
     """Runs what is missing, in the order of the plan, which grows with the results; whether every cell ended well."""
+    kept = again_in(folder) if again else folder
     failed: set[str] = set()
     running: dict[Future[Result], Cell] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -211,9 +233,12 @@ def run_cells(folder: Path, only: str, jobs: int) -> bool:
             results = read_results(folder)
             cells = plan(results)
             refuse_other_settings(cells, results, folder)
-            asked = [cell for cell in cells if fnmatch.fnmatch(cell.name, only)]
+            asked = [cell for cell in cells if is_asked(cell, only)]
             if not asked:
-                raise UserError(f"no cell is called {only!r}", where="--only", remedy="see them with --list; more follow tuning")
+                raise UserError(f"no cell is called {' or '.join(only)}", where="--only", remedy="see them with --list; more follow tuning")
+            if again:
+                results = read_results(kept)
+                refuse_other_settings(cells, results, kept)
             busy = {cell.name for cell in running.values()} | failed
             missing = [cell for cell in asked if cell.name not in results and cell.name not in busy]
             running |= {pool.submit(run_cell, cell): cell for cell in missing[: jobs - len(running)]}
@@ -222,7 +247,7 @@ def run_cells(folder: Path, only: str, jobs: int) -> bool:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 try:
-                    save(future.result(), folder)
+                    save(future.result(), kept)
                 except UserError as error:
                     failed.add(cell.name)
                     print(f"{cell.name}: {error}", file=sys.stderr, flush=True)
@@ -238,9 +263,10 @@ def tell(result: Result) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each (default: 1)")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="the cells whose name matches")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="the cells whose name matches")
     parser.add_argument("--list", action="store_true", help="show the cells that are known so far")
     parser.add_argument("--render", action="store_true", help="write the tables beside the results' folder")
+    parser.add_argument("--again", action="store_true", help="run them beside the results that there are, in a folder of its own")
     parser.add_argument("--quick", action="store_true", help="one tiny cell of each kind, kept nowhere: only to see that they run")
     parser.add_argument(
         "--trial", nargs="+", metavar="WORD", help="RECIPE/TARGET/VARIANT [NAME=VALUE ...]: one cell of another seed, kept nowhere"
@@ -263,16 +289,17 @@ def main() -> int:
     if options.list:
         results = read_results(options.results)
         for cell in plan(results):
-            if fnmatch.fnmatch(cell.name, options.only):
+            if is_asked(cell, options.only):
                 print(f"{'done' if cell.name in results else '':6}{cell.name}")
         return 0
     if options.render:
-        results = read_results(options.results)
+        results, again = (read_results(folder) for folder in (options.results, again_in(options.results)))
         refuse_other_settings(plan(results), results, options.results)
+        refuse_other_settings(plan(results), again, again_in(options.results))
         with written(options.results.with_suffix(".md")) as temporary:
-            temporary.write_text(tables(results), encoding="utf-8")
+            temporary.write_text(tables(results, again), encoding="utf-8")
         return 0
-    return 0 if run_cells(options.results, options.only, options.jobs) else 1
+    return 0 if run_cells(options.results, options.only, options.jobs, options.again) else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A difference is marked * where it exceeds twice its standard error. Of a single 
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ablation_plan import (
     CORRECTED,
@@ -180,9 +180,9 @@ def rows(results: Mapping[str, Result], recipe: str, variants: Sequence[str], ta
 # --- Markdown ---
 
 
-def tables(results: Mapping[str, Result]) -> str:
-    """All of them, those of which there is something to show."""
-    return "\n".join(["# Ablation", "", *_facts(results), "", *_sections(results)]).rstrip() + "\n"
+def tables(results: Mapping[str, Result], again: Mapping[str, Result]) -> str:
+    """All of them, those of which there is something to show. `again`: of cells that were run once more, elsewhere."""
+    return "\n".join(["# Ablation", "", *_facts(results), "", *_sections(results), *_run_again(results, again)]).rstrip() + "\n"
 
 
 def _facts(results: Mapping[str, Result]) -> Iterator[str]:
@@ -268,6 +268,24 @@ def _pairs(results: Mapping[str, Result], title: str, pairs: Sequence[tuple[str,
     if lines:
         names = ["", "n", *(f"AP {name}" for name in GROUPS.values()), "novel less all"]
         yield from (f"## {title}", "", *_head(names), *lines, "")
+
+
+def _run_again(results: Mapping[str, Result], again: Mapping[str, Result]) -> Iterator[str]:
+    """What came otherwise, and the differences that are between runs of one processor: there what ran again stands for what there was."""
+    lines = []
+    for name in sorted({name.rsplit(".", 1)[0] for name in again}):
+        before, after = (_of_name(each, name) for each in (results, again))
+        if before and after and (common := before.runs.keys() & after.runs.keys()):
+            whole = [_shown(replace(row, runs={seed: row.runs[seed] for seed in common}).mean(ap("all")), 1) for row in (before, after)]
+            differences = [_marked(after.difference(before, measure), 1) for measure in map(ap, GROUPS)]
+            lines.append(f"| {name} | {len(common)} | {' | '.join((*whole, *differences))} |")
+    if lines:
+        yield from ("## Cells run again", "", "AP before, again, and the difference: of another processor, or another commit.", "")
+        yield from (*_head(["", "n", "AP all", "again", *GROUPS.values()]), *lines, "")
+    for processor in sorted({result.versions["processor"] for result in again.values()}):
+        of_it = {name: result for name, result in {**results, **again}.items() if result.versions.get("processor") == processor}
+        for title, pairs in PAIRS.items():
+            yield from _pairs(of_it, f"{title}: all with {processor}", pairs)
 
 
 def _of_name(results: Mapping[str, Result], name: str) -> Row | None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -20,6 +21,7 @@ from ablation_tables import PAIRS, Row, ap, drift, less, mean_of, tables
 from crqat_fx.errors import UserError
 
 COMMITTED = ablation.read_results(ablation.RESULTS)
+AGAIN = ablation.read_results(ablation.again_in(ablation.RESULTS))
 TINY = {**PROTOCOL, **QUICK, "observer": "minmax"}
 
 
@@ -135,12 +137,13 @@ def spelt(value: float) -> str:
 
 def test_what_is_committed_belongs_to_the_plan():
     cells = {cell.name: cell for cell in plan(COMMITTED)}
-    assert {name: result.cell for name, result in COMMITTED.items()} == {name: cells.get(name) for name in COMMITTED}
+    for kept in (COMMITTED, AGAIN):
+        assert {name: result.cell for name, result in kept.items()} == {name: cells.get(name) for name in kept}
 
 
 def test_what_is_committed_is_what_the_tables_show():
     written = ablation.RESULTS.with_suffix(".md")
-    assert not COMMITTED or written.read_text(encoding="utf-8") == tables(COMMITTED)
+    assert not COMMITTED or written.read_text(encoding="utf-8") == tables(COMMITTED, AGAIN)
 
 
 def test_a_trial_is_a_cell_of_another_seed_with_settings_changed():
@@ -199,7 +202,7 @@ def test_differences_are_between_runs_of_one_seed():
 
 def test_tables_show_means_errors_and_what_wins():
     gain = {"fp32": 80.0, "qat": 20.0, "cr-qat": 23.0}
-    text = tables(measured(lambda cell: gain.get(cell.variant, 19.0) + 0.5 * cell.seed))
+    text = tables(measured(lambda cell: gain.get(cell.variant, 19.0) + 0.5 * cell.seed), {})
     lines = text.splitlines()
     methods = lines[lines.index(f"## Methods at {HEADLINE}") :]
     assert next(line for line in methods if line.startswith("| cr-qat |")).startswith("| cr-qat | 5 | 24.5 ± 0.4 |")
@@ -218,11 +221,32 @@ def test_tables_show_means_errors_and_what_wins():
 
 def test_tables_of_a_part_show_that_part():
     cells = [cell_of(HEADLINE, "conv-inputs", variant, 1, PROTOCOL) for variant in ("qat", "cr-qat")]
-    text = tables({cell.name: result_of(cell, 20.0) for cell in cells})
+    text = tables({cell.name: result_of(cell, 20.0) for cell in cells}, {})
     assert "| cr-qat | 1 | 20.0 | 20.0 |" in text
     assert "| cr-qat | 1 | +0.0 | +0.0 |" in text  # one pair: no error, no mark
     assert "3-3-8" not in text
-    assert tables({}).startswith("# Ablation")
+    assert tables({}, {}).startswith("# Ablation")
+
+
+def test_what_ran_again_is_compared_with_what_there_was_and_with_rows_of_its_processor():
+    def run(variant: str, seed: int, of_all: float, processor: str) -> Result:
+        found = result_of(cell_of(HEADLINE, "conv-inputs", variant, seed, PROTOCOL), of_all)
+        return dataclasses.replace(found, versions={"commit": "abc", "processor": processor})
+
+    def by_name(*runs: Result) -> dict[str, Result]:
+        return {each.cell.name: each for each in runs}
+
+    results = by_name(
+        *(run("cr-qat", seed, 30.0, "AVX512") for seed in SEEDS),
+        *(run("cqat", seed, 20.0, "AVX512") for seed in SEEDS),
+        *(run("cr-qat-short", seed, 25.0 + seed, "AVX2") for seed in SEEDS),
+    )
+    text = tables(results, by_name(run("cr-qat", 1, 28.0, "AVX2"), run("cr-qat", 2, 31.0, "AVX2")))
+    ran, on_one = (text.split(f"\n## {title}\n")[1] for title in ("Cells run again", "What a short first stage does: all with AVX2"))
+    assert "| 2-2-8/conv-inputs/cr-qat | 2 | 30.0 ± 0.0 | 29.5 ± 1.5 | -0.5 ± 1.5 |" in ran
+    assert "| 2-2-8: cr-qat-short less cr-qat | 5 | -2.0 ± 0.7* |" in text.split("\n## Cells run again\n")[0]
+    assert "| 2-2-8: cr-qat-short less cr-qat | 2 | -3.0 ± 1.0* |" in on_one  # 26 less 28, 27 less 31
+    assert "less cqat" not in ran  # which was not run there
 
 
 # --- running ---
@@ -263,7 +287,7 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_short_is(tmp_path, two_c
     whole = done.read_bytes()
     cut.parent.mkdir(parents=True, exist_ok=True)
     cut.write_bytes(whole[: len(whole) // 2])
-    assert ablation.run_cells(tmp_path, "*", jobs=2)
+    assert ablation.run_cells(tmp_path, ["*"], jobs=2)
     assert done.read_bytes() == whole
     results = ablation.read_results(tmp_path)
     assert results[two_cells[1].name].ap["all"] > 0
@@ -274,10 +298,28 @@ def test_what_is_done_is_not_run_again_and_what_was_cut_short_is(tmp_path, two_c
 
 
 def test_only_what_is_asked_for_is_run(tmp_path, two_cells):
-    assert ablation.run_cells(tmp_path, "fp32/*", jobs=1)
+    assert ablation.run_cells(tmp_path, ["fp32/*"], jobs=1)
     assert list(ablation.read_results(tmp_path)) == [two_cells[0].name]
-    with pytest.raises(UserError, match="no cell is called 'fp23/"):
-        ablation.run_cells(tmp_path, "fp23/*", jobs=1)
+    with pytest.raises(UserError, match="no cell is called fp23/"):
+        ablation.run_cells(tmp_path, ["fp23/*"], jobs=1)
+    assert ablation.run_cells(tmp_path, ["fp23/*", "*ptq*"], jobs=1)
+    assert len(ablation.read_results(tmp_path)) == 2
+
+
+def test_a_cell_that_runs_again_leaves_what_there_is(tmp_path, two_cells):
+    folder, kept = tmp_path / "ablation", ablation.path_of(two_cells[0], tmp_path / "ablation")
+    ablation.save(result_of(two_cells[0], 12.5), folder)
+    whole = kept.read_bytes()
+    assert ablation.run_cells(folder, ["fp32/*"], jobs=1, again=True)
+    assert kept.read_bytes() == whole
+    (again,) = ablation.read_results(tmp_path / "ablation-again").values()
+    assert again.cell == two_cells[0]
+    assert again.ap["all"] != 12.5
+    assert again.versions["processor"] == torch.backends.cpu.get_cpu_capability()
+    written = ablation.path_of(two_cells[0], tmp_path / "ablation-again")
+    stamp = written.stat().st_mtime_ns
+    assert ablation.run_cells(folder, ["fp32/*"], jobs=1, again=True)  # once
+    assert written.stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize("arguments", [("--only", "fp23/*"), ("--trial", "crqat"), ("--jobs", "0")])
@@ -293,5 +335,5 @@ def test_a_result_of_another_plan_is_refused(tmp_path, two_cells):
     other = dataclasses.replace(two_cells[0], settings={**two_cells[0].settings, "evaluated": 5})
     ablation.save(result_of(other, 12.5), tmp_path)
     with pytest.raises(UserError, match="other settings") as caught:
-        ablation.run_cells(tmp_path, "*", jobs=1)
+        ablation.run_cells(tmp_path, ["*"], jobs=1)
     assert str(ablation.path_of(other, tmp_path)) in str(caught.value)
