@@ -24,7 +24,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -495,6 +495,9 @@ def _fitting(teacher: YoloWorld | None, prepared: Prepared, method: str) -> Yolo
     ):
         if wanted != given:
             raise UserError(f"the teacher's {what} are {given}, the student's {wanted}", where="--teacher", remedy=remedy)
+    own, other = (asdict(config) for config in (ours, theirs))
+    if differing := [f"{name} {other[name]} (the student's {own[name]})" for name in own if own[name] != other[name]]:
+        logger.warning("the teacher is another model than the student was prepared from: %s", ", ".join(differing))
     return teacher
 
 

@@ -82,6 +82,7 @@ LAYERS: dict[str, set[str]] = {
         "crqat_fx.trace",
         "crqat_fx.pipelines",
         "crqat_fx.vocabulary",
+        "crqat_fx.shipped",
         "crqat_fx.checkpoint",
         "crqat_fx.unpickle",
         "crqat_fx.pictures",

@@ -20,7 +20,7 @@ from crqat_fx.quantize.calibrate import calibrate
 from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import FakeQuantize
 from crqat_fx.quantize.prepare import load_prepared, prepare
-from crqat_fx.quantize.prepared import Phase, Prepared
+from crqat_fx.quantize.prepared import Phase, Prepared, read_saved
 from crqat_fx.recipe import QuantRecipe, QuantRule
 from crqat_fx.torch_detector import TorchDetector
 from crqat_fx.trace import yolo_world_examples
@@ -277,6 +277,11 @@ def _half(value):
 
 def _scale_of(state):
     return next(value for name, value in state.items() if name.endswith("log_scale"))
+
+
+def test_a_shipped_model_is_known_by_name_and_is_not_prepared() -> None:
+    with pytest.raises(UserError, match=r"pico-v1\.pt: is no prepared model"):
+        read_saved("pico-v1")
 
 
 @pytest.mark.parametrize(

@@ -676,6 +676,15 @@ def test_a_teacher_of_another_shape_is_refused_at_the_start(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_teacher_of_another_architecture_that_fits_is_told(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
+    assert prepared.config is not None
+    QatCourse(prepared, SETTINGS, Rectangles(), CPU, teacher=YoloWorld(replace(prepared.config, class_width=80)).eval())
+    assert f"class_width 80 (the student's {prepared.config.class_width})" in caplog.text
+    caplog.clear()
+    course_of(prepared)
+    assert caplog.text == ""
+
+
 def test_a_run_is_not_resumed_with_another_teacher_or_model(straight: Path, file: Path, coarse: Path) -> None:
     with pytest.raises(UserError, match="was trained with another teacher"):
         train_prepared(fresh(file), Rectangles(), SETTINGS, straight, teacher=teacher(5), resume=True)

@@ -198,7 +198,7 @@ def test_a_tensor_that_is_not_in_the_file_departs(whole: tuple[Prepared, Lowered
     assert (found.rungs[2].passed, found.rungs[2].departs) == (False, name)
 
 
-@pytest.mark.parametrize(("shipped", "recipe"), [("pico-v1", "8-8-8-int"), ("pico-v2", "4-4-8-int")])
+@pytest.mark.parametrize(("shipped", "recipe"), [("pico-v1", "8-8-8-int"), ("pico-v2", "4-4-8-int"), ("pico-v2", "2-2-8-odd-int")])
 def test_the_ladder_holds_on_the_shipped_models(tmp_path: Path, shipped: str, recipe: str) -> None:
     model, _ = load_model(shipped)
     task = ShapesTask()

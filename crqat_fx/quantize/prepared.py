@@ -28,6 +28,7 @@ from crqat_fx.quantize.conv_bn import ConvBn2d
 from crqat_fx.quantize.fake_quant import METHODS, FakeQuantize
 from crqat_fx.quantize.integer_bias import HeadBias, IntegerBias
 from crqat_fx.recipe import CPUS, TARGETS, QuantRecipe, Target
+from crqat_fx.shipped import locate
 from crqat_fx.unpickle import Archive, StoredTensor, opened
 from crqat_fx.vocabulary import Vocabulary
 from passes.base import Step
@@ -237,7 +238,7 @@ class Saved:
 
 def read_saved(path: str | Path) -> Saved:
     """The content of a prepared file. Nothing in it is run, and what does not fit is refused."""
-    with opened(Path(path)) as archive:
+    with opened(locate(path)) as archive:
         return saved_in(archive)
 
 
