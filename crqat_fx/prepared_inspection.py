@@ -278,7 +278,8 @@ def summary(report: PreparedReport) -> dict[str, str]:
 
 
 def _rule(rule: Mapping[str, Any]) -> str:
-    parts = [f"{key} {rule[key]['bits']} bits" for key in ("weight", "activation") if rule.get(key)]
+    given = {key: rule[key] for key in ("weight", "activation") if rule.get(key)}
+    parts = [f"{key} {spec['bits']} bits{' of odd codes' if spec.get('odd') else ''}" for key, spec in given.items()]
     return f"{rule['modules']}: {', '.join(parts) or 'float'}"
 
 

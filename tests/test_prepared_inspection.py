@@ -193,6 +193,11 @@ def test_a_model_without_ranges_is_shown_without_them():
     assert draw_page(view(prepared.graph, prepared.target), "title", report).count("<section") > 25
 
 
+def test_odd_codes_are_told():
+    report = inspect_prepared(prepare(build("pico", 2).eval(), None, "2-2-8-odd", "conv-inputs", size=64), "p.pt")
+    assert "*: weight 2 bits of odd codes, activation 2 bits" in text_of(report, 1)
+
+
 # --- the picture and the page ---
 
 
