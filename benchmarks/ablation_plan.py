@@ -176,6 +176,7 @@ TRAINED = (
     Block("4-8-8-int", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
     Block("4-4-8", ("ptq-omse", "qat", "cr-qat"), INTEGERS),
     Block(HEADLINE, tuple(SCALES)),
+    *(Block(recipe, ("cr-qat-correct-decay-scales",)) for recipe in ("3-3-8", "4-4-8")),
     Block(f"{HEADLINE}-ch", ("ptq-omse", "qat", "cr-qat")),
     Block("3-3-8-ch", ("ptq-omse", "qat", "cr-qat")),
     Block(f"{HEADLINE}-odd", ("ptq-omse", PTQ_CORRECTED, *PLUS)),

@@ -83,12 +83,15 @@ PAIRS: Mapping[str, Sequence[tuple[str, str]]] = {
             ("cr-qat-correct-decay", "qat-correct-decay"),
         )
     ],
-    "What scales that learn faster do": _at(
-        HEADLINE,
-        *((name, name.removesuffix("-scales")) for name in SCALES),
-        ("cr-qat-correct-decay-scales", "qat-correct-decay-scales"),
-        ("cr-qat-correct-decay-scales", "cr-qat"),
-    ),
+    "What scales that learn faster do": [
+        *(pair for recipe in WIDTHS for pair in _at(recipe, ("cr-qat-correct-decay-scales", "cr-qat-correct-decay"))),
+        *_at(
+            HEADLINE,
+            ("qat-correct-decay-scales", "qat-correct-decay"),
+            ("cr-qat-correct-decay-scales", "qat-correct-decay-scales"),
+            ("cr-qat-correct-decay-scales", "cr-qat"),
+        ),
+    ],
     "What a scale per channel of activations does": [
         pair for recipe in (HEADLINE, "3-3-8") for pair in _between(f"{recipe}-ch", recipe, "ptq-omse", "qat", "cr-qat")
     ],
