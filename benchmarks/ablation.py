@@ -3,10 +3,11 @@
 python benchmarks/ablation.py [--jobs N] [--only GLOB ...] [--list | --render | --again | --quick | --trial CELL ...] [--results FOLDER]
 
 Cells run in the order of their worth, each in one thread; a cell's result is a file, RESULTS/RECIPE/TARGET/VARIANT.SEED.json. What is
-there is not run again, so that a run goes on where it stopped; to run a cell again, delete its file. --only runs the cells whose name
+there is not run again, so that a run goes on where it stopped; to have a cell anew, delete its file. --only runs the cells whose name
 matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. --again runs them beside what is there, in
 RESULTS-again: kernels of another processor round otherwise. --trial runs one on a seed that counts nowhere, with settings changed, and
-keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core.
+keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core
+with AVX-512, some 23 without.
 """
 
 import os
@@ -237,6 +238,7 @@ def run_cells(folder: Path, only: Sequence[str], jobs: int, again: bool = False)
             if not asked:
                 raise UserError(f"no cell is called {' or '.join(only)}", where="--only", remedy="see them with --list; more follow tuning")
             if again:
+                asked = [cell for cell in asked if cell.name in results]
                 results = read_results(kept)
                 refuse_other_settings(cells, results, kept)
             busy = {cell.name for cell in running.values()} | failed
@@ -264,11 +266,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each (default: 1)")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="the cells whose name matches")
-    parser.add_argument("--list", action="store_true", help="show the cells that are known so far")
-    parser.add_argument("--render", action="store_true", help="write the tables beside the results' folder")
-    parser.add_argument("--again", action="store_true", help="run them beside the results that there are, in a folder of its own")
-    parser.add_argument("--quick", action="store_true", help="one tiny cell of each kind, kept nowhere: only to see that they run")
-    parser.add_argument(
+    deed = parser.add_mutually_exclusive_group()
+    deed.add_argument("--list", action="store_true", help="show the cells that are known so far")
+    deed.add_argument("--render", action="store_true", help="write the tables beside the results' folder")
+    deed.add_argument("--again", action="store_true", help="run them beside the results that there are, in a folder of its own")
+    deed.add_argument("--quick", action="store_true", help="one tiny cell of each kind, kept nowhere: only to see that they run")
+    deed.add_argument(
         "--trial", nargs="+", metavar="WORD", help="RECIPE/TARGET/VARIANT [NAME=VALUE ...]: one cell of another seed, kept nowhere"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")

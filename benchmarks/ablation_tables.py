@@ -1,6 +1,7 @@
 """The ablation's results as Markdown tables: means with their standard errors, and differences between runs of the same seed.
 
-A difference is marked * where it exceeds twice its standard error. Of a single seed there is no error, and none is shown.
+A difference is marked * where it exceeds twice its standard error. Of a single seed there is no error, and none is shown. One between rows
+of two processors is marked †: their kernels round otherwise.
 """
 
 import math
@@ -33,6 +34,7 @@ from ablation_plan import (
 )
 
 GROUPS = {"all": "all", "base": "base", "novel": "novel", "r": "rare", "c": "common", "f": "frequent"}
+BEYOND = ("novel", "r")  # do they gain more than all do?
 RELATIONS = {"region_text": "region-text", "region_region": "region-region"}
 SPACES = ("embedding", "confidence")
 
@@ -135,6 +137,11 @@ class Row:
     runs: Mapping[int, Result]
 
     @property
+    def processors(self) -> set[str | None]:
+        """None of those that did not record it yet."""
+        return {run.versions.get("processor") for run in self.runs.values()}
+
+    @property
     def minutes(self) -> float:
         return statistics.fmean(sum(run.seconds.values()) for run in self.runs.values()) / 60
 
@@ -156,9 +163,12 @@ def ap(group: str) -> Measure:
     return lambda result: result.ap.get(group)
 
 
-def novel_beyond_all(result: Result) -> float | None:
-    novel, everything = result.ap.get("novel"), result.ap.get("all")
-    return None if novel is None or everything is None else novel - everything
+def beyond_all(group: str) -> Measure:
+    def measured(result: Result) -> float | None:
+        own, everything = result.ap.get(group), result.ap.get("all")
+        return None if own is None or everything is None else own - everything
+
+    return measured
 
 
 def drift(kind: str, space: str) -> Measure:
@@ -185,18 +195,21 @@ def rows(results: Mapping[str, Result], recipe: str, variants: Sequence[str], ta
 
 def tables(results: Mapping[str, Result], again: Mapping[str, Result]) -> str:
     """All of them, those of which there is something to show. `again`: of cells that were run once more, elsewhere."""
-    return "\n".join(["# Ablation", "", *_facts(results), "", *_sections(results), *_run_again(results, again)]).rstrip() + "\n"
+    return "\n".join(["# Ablation", "", *_facts(results, again), "", *_sections(results), *_run_again(results, again)]).rstrip() + "\n"
 
 
-def _facts(results: Mapping[str, Result]) -> Iterator[str]:
-    commits = sorted({result.versions["commit"] for result in results.values()})
-    hours = sum(sum(result.seconds.values()) for result in results.values()) / 3600
-    yield "Written by `python benchmarks/ablation.py --render` from the cells in `ablation/`; the protocol, fixed before, is `protocol.md`."
-    yield f"{len(results)} cells, {hours:.1f} hours of one core, library of commit {', '.join(commits) or '(none)'}."
+def _facts(results: Mapping[str, Result], again: Mapping[str, Result]) -> Iterator[str]:
+    runs = (*results.values(), *again.values())
+    commits = sorted({run.versions["commit"] for run in runs})
+    hours = sum(sum(run.seconds.values()) for run in runs) / 3600
+    yield "Written by `python benchmarks/ablation.py --render` from the cells in `ablation/` and, run again, in `ablation-again/`;"
+    yield "the protocol, fixed before, is `protocol.md`."
+    told = ", ".join(commits) or "(none)"
+    yield f"{len(results)} cells, {len(again)} of them again, {hours:.1f} hours of one core, library of commit {told}."
     yield ""
     yield "AP in percent on the first pictures of the drawn task's `val`; drift is the mean absolute error of cosines (embedding space) and"
     yield "of scores' relations (confidence space) against full precision. Mean ± standard error over n seeds; a difference is between runs"
-    yield "of one seed, and marked * where it exceeds twice its standard error."
+    yield "of one seed, and marked * where it exceeds twice its standard error; † stands where the two were run on different processors."
 
 
 def _sections(results: Mapping[str, Result]) -> Iterator[str]:
@@ -266,10 +279,11 @@ def _pairs(results: Mapping[str, Result], title: str, pairs: Sequence[tuple[str,
         own, other = (_of_name(results, name) for name in pair)
         count = len(own.runs.keys() & other.runs.keys()) if own and other else 0
         if own and other and count:
-            differences = [_marked(own.difference(other, measure), 1) for measure in (*map(ap, GROUPS), novel_beyond_all)]
-            lines.append(f"| {less(*pair)} | {count} | {' | '.join(differences)} |")
+            measures = (*map(ap, GROUPS), *map(beyond_all, BEYOND))
+            differences = [_marked(own.difference(other, measure), 1) for measure in measures]
+            lines.append(f"| {less(*pair)}{_across(own, other)} | {count} | {' | '.join(differences)} |")
     if lines:
-        names = ["", "n", *(f"AP {name}" for name in GROUPS.values()), "novel less all"]
+        names = ["", "n", *(f"AP {name}" for name in GROUPS.values()), *(f"{GROUPS[group]} less all" for group in BEYOND)]
         yield from (f"## {title}", "", *_head(names), *lines, "")
 
 
@@ -286,9 +300,15 @@ def _run_again(results: Mapping[str, Result], again: Mapping[str, Result]) -> It
         yield from ("## Cells run again", "", "AP before, again, and the difference: of another processor, or another commit.", "")
         yield from (*_head(["", "n", "AP all", "again", *GROUPS.values()]), *lines, "")
     for processor in sorted({result.versions["processor"] for result in again.values()}):
-        of_it = {name: result for name, result in {**results, **again}.items() if result.versions.get("processor") == processor}
+        of_it = {}
+        for each in (results, again):
+            of_it |= {name: result for name, result in each.items() if result.versions.get("processor") == processor}
         for title, pairs in PAIRS.items():
             yield from _pairs(of_it, f"{title}: all with {processor}", pairs)
+
+
+def _across(own: Row, other: Row) -> str:
+    return " †" if own.processors != other.processors else ""
 
 
 def _of_name(results: Mapping[str, Result], name: str) -> Row | None:
@@ -329,7 +349,7 @@ def _section(title: str, found: list[Row], reference: str) -> Iterator[str]:
         differences += [_marked(row.difference(base, drift(kind, "embedding")), 4) for kind in RELATIONS]
         pairs = len(row.runs.keys() & base.runs.keys())
         if pairs:
-            yield f"| {row.variant} | {pairs} | {' | '.join(differences)} |"
+            yield f"| {row.variant}{_across(row, base)} | {pairs} | {' | '.join(differences)} |"
     yield ""
 
 

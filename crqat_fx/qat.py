@@ -497,7 +497,7 @@ def _fitting(teacher: YoloWorld | None, prepared: Prepared, method: str) -> Yolo
             raise UserError(f"the teacher's {what} are {given}, the student's {wanted}", where="--teacher", remedy=remedy)
     own, other = (asdict(config) for config in (ours, theirs))
     if differing := [f"{name} {other[name]} (the student's {own[name]})" for name in own if own[name] != other[name]]:
-        logger.warning("the teacher is another model than the student was prepared from: %s", ", ".join(differing))
+        logger.warning("the teacher is of another architecture than the student: %s", ", ".join(differing))
     return teacher
 
 

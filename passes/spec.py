@@ -31,11 +31,6 @@ class QuantSpec:
             raise ValueError(f"odd codes are for symmetric tensors of 2 to {ODD_BITS} bits")
 
     @property
-    def words(self) -> str:
-        """The codes, for people to read."""
-        return f"{self.bits} bits{', symmetric' if self.symmetric else ''}{', odd' if self.odd else ''}"
-
-    @property
     def lowest(self) -> int:
         """The smallest code: symmetric codes are signed, the others start at 0."""
         if self.odd:

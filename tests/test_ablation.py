@@ -1,6 +1,7 @@
 """The ablation's plan, its statistics, and that a run goes on where it stopped."""
 
 import dataclasses
+import fnmatch
 import itertools
 import math
 import re
@@ -128,6 +129,16 @@ def test_the_protocol_in_words_is_the_one_that_runs():
         assert told[: len(tuning.candidates)] == [spelt(value) for candidate in tuning.candidates for value in candidate.values()]
     for block in TRAINED:
         assert block.recipe in words
+    cells = plan(COMMITTED)
+    assert f"all: {len(cells)} cells, {sum(cell.trained for cell in cells)} of them" in words.replace("\n", " ")
+
+
+def test_rows_of_the_other_processor_are_those_that_the_protocol_names():
+    words = (ablation.RESULTS.parent / "protocol.md").read_text(encoding="utf-8").replace("\n", " ")
+    told = re.findall(r"`([^`]+)`", re.search(r"\*\*Two processors\.\*\*(.*?) were run on one", words)[1])
+    for name, result in COMMITTED.items():
+        of_it = any(fnmatch.fnmatch(word, each) for word in (result.cell.recipe, result.cell.variant) for each in told)
+        assert (result.versions.get("processor") == "AVX2") == of_it, name
 
 
 def spelt(value: float) -> str:
@@ -237,16 +248,20 @@ def test_what_ran_again_is_compared_with_what_there_was_and_with_rows_of_its_pro
         return {each.cell.name: each for each in runs}
 
     results = by_name(
+        *(run("cr-qat-short-decay", seed, 27.0, "AVX2") for seed in SEEDS),
         *(run("cr-qat", seed, 30.0, "AVX512") for seed in SEEDS),
         *(run("cqat", seed, 20.0, "AVX512") for seed in SEEDS),
         *(run("cr-qat-short", seed, 25.0 + seed, "AVX2") for seed in SEEDS),
     )
-    text = tables(results, by_name(run("cr-qat", 1, 28.0, "AVX2"), run("cr-qat", 2, 31.0, "AVX2")))
+    again = (run("cr-qat", 1, 28.0, "AVX2"), run("cr-qat", 2, 31.0, "AVX2"), run("cr-qat-short-decay", 1, 50.0, "AVX512"))
+    text = tables(results, by_name(*again))
     ran, on_one = (text.split(f"\n## {title}\n")[1] for title in ("Cells run again", "What a short first stage does: all with AVX2"))
     assert "| 2-2-8/conv-inputs/cr-qat | 2 | 30.0 ± 0.0 | 29.5 ± 1.5 | -0.5 ± 1.5 |" in ran
-    assert "| 2-2-8: cr-qat-short less cr-qat | 5 | -2.0 ± 0.7* |" in text.split("\n## Cells run again\n")[0]
+    assert "| 2-2-8: cr-qat-short less cr-qat † | 5 | -2.0 ± 0.7* |" in text.split("\n## Cells run again\n")[0]
     assert "| 2-2-8: cr-qat-short less cr-qat | 2 | -3.0 ± 1.0* |" in on_one  # 26 less 28, 27 less 31
-    assert "less cqat" not in ran  # which was not run there
+    assert "| 2-2-8: cr-qat-short-decay less cr-qat-short | 5 | -1.0 ± 0.7 |" in on_one  # though it ran elsewhere, too
+    assert "| 2-2-8: cr-qat less cqat | 5 | +10.0 ± 0.0* |" in text.split("## What the teacher does: all with AVX512")[1]
+    assert "cr-qat less cqat" not in on_one.split("all with AVX512")[0]  # which did not run there
 
 
 # --- running ---

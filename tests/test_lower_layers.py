@@ -84,7 +84,7 @@ def test_a_quantized_layer_stores_codes_of_its_weight_and_of_its_bias():
 quant = Quantize[8 bit](x)
 quant.values = Dequantize[8 bit](quant)
 conv.weight_codes = Tensor[3, 4, 3, 3]
-conv.weight = Dequantize[4 bits, symmetric, axis 0](conv.weight_codes)
+conv.weight = Dequantize[4 bit, symmetric, axis 0](conv.weight_codes)
 conv.bias_codes = Tensor[3]
 conv.bias = Dequantize[bias, axis 0](conv.bias_codes)
 conv.conv2d = conv2d(quant.values, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)

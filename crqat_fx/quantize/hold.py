@@ -141,4 +141,4 @@ def _described(spec: object) -> str:
     if not isinstance(spec, QuantSpec):
         return "no quantizer"
     axis = "" if spec.channel_axis is None else f", a scale for each index of axis {spec.channel_axis}"
-    return spec.words + axis
+    return f"{spec.bits} bits{', symmetric' if spec.symmetric else ''}{', odd' if spec.odd else ''}{axis}"

@@ -91,5 +91,5 @@ class OnCodes(nn.Module):
 
 
 def _described(spec: QuantSpec | None, axis: int | None) -> str:
-    of = "bias" if spec is None else spec.words
+    of = "bias" if spec is None else f"{spec.bits} bit{', symmetric' if spec.symmetric else ''}{', odd' if spec.odd else ''}"
     return of if axis is None else f"{of}, axis {axis}"
