@@ -6,8 +6,7 @@ Cells run in the order of their worth, each in one thread; a cell's result is a 
 there is not run again, so that a run goes on where it stopped; to have a cell anew, delete its file. --only runs the cells whose name
 matches (`*/cr-qat.1`), --list shows them all, --render writes the tables, RESULTS.md. --again runs them beside what is there, in
 RESULTS-again: kernels of another processor round otherwise. --trial runs one on a seed that counts nowhere, with settings changed, and
-keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core
-with AVX-512, some 23 without.
+keeps nothing: `--trial 2-2-8/conv-inputs/cr-qat steps=2000`. All of it takes 7 to 11 hours of one core with AVX-512, some 23 without.
 """
 
 import os
@@ -237,12 +236,13 @@ def run_cells(folder: Path, only: Sequence[str], jobs: int, again: bool = False)
             asked = [cell for cell in cells if is_asked(cell, only)]
             if not asked:
                 raise UserError(f"no cell is called {' or '.join(only)}", where="--only", remedy="see them with --list; more follow tuning")
+            done = results
             if again:
                 asked = [cell for cell in asked if cell.name in results]
-                results = read_results(kept)
-                refuse_other_settings(cells, results, kept)
+                done = read_results(kept)
+                refuse_other_settings(cells, done, kept)
             busy = {cell.name for cell in running.values()} | failed
-            missing = [cell for cell in asked if cell.name not in results and cell.name not in busy]
+            missing = [cell for cell in asked if cell.name not in done and cell.name not in busy]
             running |= {pool.submit(run_cell, cell): cell for cell in missing[: jobs - len(running)]}
             if not running:
                 return not failed
@@ -296,9 +296,11 @@ def main() -> int:
                 print(f"{'done' if cell.name in results else '':6}{cell.name}")
         return 0
     if options.render:
-        results, again = (read_results(folder) for folder in (options.results, again_in(options.results)))
-        refuse_other_settings(plan(results), results, options.results)
-        refuse_other_settings(plan(results), again, again_in(options.results))
+        folders = (options.results, again_in(options.results))
+        results, again = map(read_results, folders)
+        cells = plan(results)
+        for folder, kept in zip(folders, (results, again), strict=True):
+            refuse_other_settings(cells, kept, folder)
         with written(options.results.with_suffix(".md")) as temporary:
             temporary.write_text(tables(results, again), encoding="utf-8")
         return 0

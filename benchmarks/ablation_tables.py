@@ -195,7 +195,8 @@ def rows(results: Mapping[str, Result], recipe: str, variants: Sequence[str], ta
 
 def tables(results: Mapping[str, Result], again: Mapping[str, Result]) -> str:
     """All of them, those of which there is something to show. `again`: of cells that were run once more, elsewhere."""
-    return "\n".join(["# Ablation", "", *_facts(results, again), "", *_sections(results), *_run_again(results, again)]).rstrip() + "\n"
+    sections = (*_sections(results), *_run_again(results, again), *_on_one_processor(results, again))
+    return "\n".join(["# Ablation", "", *_facts(results, again), "", *sections]).rstrip() + "\n"
 
 
 def _facts(results: Mapping[str, Result], again: Mapping[str, Result]) -> Iterator[str]:
@@ -288,7 +289,7 @@ def _pairs(results: Mapping[str, Result], title: str, pairs: Sequence[tuple[str,
 
 
 def _run_again(results: Mapping[str, Result], again: Mapping[str, Result]) -> Iterator[str]:
-    """What came otherwise, and the differences that are between runs of one processor: there what ran again stands for what there was."""
+    """What came otherwise."""
     lines = []
     for name in sorted({name.rsplit(".", 1)[0] for name in again}):
         before, after = (_of_name(each, name) for each in (results, again))
@@ -299,10 +300,13 @@ def _run_again(results: Mapping[str, Result], again: Mapping[str, Result]) -> It
     if lines:
         yield from ("## Cells run again", "", "AP before, again, and the difference: of another processor, or another commit.", "")
         yield from (*_head(["", "n", "AP all", "again", *GROUPS.values()]), *lines, "")
+
+
+def _on_one_processor(results: Mapping[str, Result], again: Mapping[str, Result]) -> Iterator[str]:
+    """Differences between runs of each processor that cells ran again on: what ran again stands for what there was."""
+    runs = (*results.items(), *again.items())
     for processor in sorted({result.versions["processor"] for result in again.values()}):
-        of_it = {}
-        for each in (results, again):
-            of_it |= {name: result for name, result in each.items() if result.versions.get("processor") == processor}
+        of_it = {name: result for name, result in runs if result.versions.get("processor") == processor}
         for title, pairs in PAIRS.items():
             yield from _pairs(of_it, f"{title}: all with {processor}", pairs)
 
